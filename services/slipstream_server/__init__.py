@@ -1,0 +1,1 @@
+"""Slipstream's services: train, adapt and serve Transformers models over gRPC."""

@@ -1,0 +1,1 @@
+"""The inference service: a front without torch, and one worker process for each loaded model."""

@@ -1,0 +1,225 @@
+"""What front and worker say to each other: commands, events and their frames.
+
+A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct, or for worker to front a list of them
+(all events of one engine step travel together). Nothing here imports torch, grpc or protobuf, and nothing is pickled. The front fills in every
+default before a request gets here: the worker never guesses.
+
+Ids are chosen by the front and unique for a worker's life. A request has ``num_return_sequences`` sequences with indices 0, 1, ...
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MAX_FRAME_BYTES = 64 * 1024 * 1024
+"""Longer frames are refused by both sides: the peer is broken."""
+
+FinishReason = Literal["eos_token", "stop_token", "stop_string", "length"]
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How tokens are drawn. Neutral values switch a step off; the draw for a position depends on (seed, index, position) alone."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    seed: int = 0
+    logit_bias: dict[int, float] = {}
+
+
+class Stopping(msgspec.Struct, frozen=True, kw_only=True):
+    """When a sequence ends. ``eos_token_ids`` is empty under ignore_eos; both lists are banned until min_new_tokens."""
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    eos_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Beams(msgspec.Struct, frozen=True, kw_only=True):
+    """Beam search; ``num_beams`` 1 means none."""
+
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+
+
+class AdapterPin(msgspec.Struct, frozen=True, kw_only=True):
+    """An immutable adapter version: its digest, and the folder of verified files the worker may read."""
+
+    version: str
+    digest: str
+    folder: str
+
+
+class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, complete. ``deadline_monotonic_s`` is CLOCK_MONOTONIC, which processes of one machine share.
+
+    ``logprobs`` and ``prompt_logprobs``: number of alternatives wanted, 0 for the chosen token alone, None for none.
+    For an encoder-decoder model ``prompt_token_ids`` is the encoder's input.
+    """
+
+    id: int
+    prompt_token_ids: tuple[int, ...]
+    sampling: Sampling
+    stopping: Stopping
+    beams: Beams = Beams()
+    num_return_sequences: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    priority: int = 1
+    deadline_monotonic_s: float | None = None
+    adapter: AdapterPin | None = None
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Front to worker: run this request."""
+
+    request: GenerationRequest
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """Front to worker: the request is not wanted any more. No event follows; unknown ids are ignored."""
+
+    id: int
+
+
+class EndSequence(msgspec.Struct, frozen=True, tag="end_sequence"):
+    """Front to worker: one sequence has met a stop string. No further tokens of it follow a step later; the others run on."""
+
+    id: int
+    index: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Front to worker: finish nothing more, exit 0."""
+
+
+Command = Submit | Cancel | EndSequence | Shutdown
+
+
+class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Logprobs at one position: the chosen token's (NaN where there is none, the first prompt token) and the best others, best first."""
+
+    logprob: float
+    top_token_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Worker to front: how far the load is, 0 to 1, and what is being done."""
+
+    fraction: float
+    stage: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """Worker to front: the model answers. ``settings`` are facts for people: device, dtype, attention, threads, batching."""
+
+    device: str
+    dtype: str
+    attention: str
+    batching: str
+    memory_bytes: int
+    settings: dict[str, str] = {}
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
+    """Worker to front: the model cannot be loaded; the worker exits. ``reason`` is an ErrorReason name."""
+
+    reason: str
+    message: str
+
+
+class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
+    """The request has joined a batch: from here on its worker's death is its own."""
+
+    id: int
+    cached_prompt_tokens: int = 0
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, tag="prompt_logprobs"):
+    """Logprobs of the prompt's positions, as many as it has tokens."""
+
+    id: int
+    positions: list[TopLogprobs]
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """New tokens of one sequence. The token that ended it (eos, stop token) is the last one, with ``finish_reason``."""
+
+    id: int
+    index: int
+    token_ids: list[int]
+    logprobs: list[TopLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """Every sequence of the request has ended. Terminal."""
+
+    id: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """The request failed alone. ``reason`` is an ErrorReason name. Terminal."""
+
+    id: int
+    reason: str
+    message: str
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """What the engine is doing, sent when it changes and at most every 250 ms. Totals count since the worker started."""
+
+    num_running: int
+    num_waiting: int
+    kv_tokens: int
+    steps_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    batch_rows_total: int
+
+
+Event = Loading | Ready | LoadFailed | Admitted | PromptLogprobs | Tokens | Finished | Failed | Stats
+
+
+def frame(payload: bytes) -> bytes:
+    """``payload`` with its length before it."""
+    if len(payload) > MAX_FRAME_BYTES:
+        raise ValueError(f"frame of {len(payload)} bytes; at most {MAX_FRAME_BYTES}")
+    return len(payload).to_bytes(4, "big") + payload
+
+
+_encoder = msgspec.msgpack.Encoder()
+_command_decoder = msgspec.msgpack.Decoder(Command)
+_events_decoder = msgspec.msgpack.Decoder(list[Event])
+
+
+def encode_command(command: Command) -> bytes:
+    """A command as a frame."""
+    return frame(_encoder.encode(command))
+
+
+def decode_command(payload: bytes) -> Command:
+    """A frame's payload as a command; msgspec.DecodeError where it is none."""
+    return _command_decoder.decode(payload)
+
+
+def encode_events(events: list[Event]) -> bytes:
+    """The events of one step as a frame."""
+    return frame(_encoder.encode(events))
+
+
+def decode_events(payload: bytes) -> list[Event]:
+    """A frame's payload as events; msgspec.DecodeError where it is none."""
+    return _events_decoder.decode(payload)
