@@ -1,0 +1,66 @@
+# `make help` lists the targets. Everything runs inside .venv, which `make setup` fills once.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.slipstream-setup
+# The range that the worker extra allows. Installed first: an open range takes other builds of several GB.
+TORCH ?= torch>=2.11,<2.14
+EXTRAS ?= server,worker,train,k8s,postgres,s3,dev
+PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
+# pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup test lint format types imports unit slow demo bench-serving proto clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(STAMP) ## make .venv and install everything into it (again only when pyproject.toml changed)
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || { echo "[1/3] virtual environment ($(PYTHON))"; "$(PYTHON)" -m venv $(VENV); }
+	@echo "[2/3] torch"
+	@$(PIP) install --progress-bar on --no-compile '$(TORCH)'
+	@echo "[3/3] slipstream[$(EXTRAS)]"
+	@$(PIP) install --progress-bar on --no-compile --prefer-binary -e '.[$(EXTRAS)]'
+	@touch $@
+
+test: lint types imports unit ## lint, types, import rules and every test that is neither slow nor for a GPU
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP) ## rewrite with ruff
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+imports: $(STAMP) ## the import rules between the rooms
+	$(BIN)/lint-imports
+
+# One thread per process: two test processes with two OpenMP threads each on two cores are slower than one.
+unit: $(STAMP) ## pytest
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+slow: $(STAMP) ## the tests that take minutes
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+
+demo: $(STAMP) ## start everything on this machine with a small real model, and use it
+	$(BIN)/python -m tests.demo
+
+bench-serving: $(STAMP) ## throughput against transformers' generate, as JSON lines
+	$(BIN)/python -m tests.bench.serving
+
+proto: $(STAMP) ## write the stubs anew from the .proto files
+	$(BIN)/python protos/generate.py
+
+clean: ## remove what the tools left behind, but not .venv
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
