@@ -1,0 +1,1 @@
+"""Benchmarks: every performance claim of the project is a command in here."""
