@@ -2,12 +2,13 @@
 """Regenerates the committed Python stubs beside the .proto files, and checks that they are what the protos say.
 
     python protos/generate.py           write the stubs and stubs.lock
-    python protos/generate.py --check   regenerate into a temporary folder; exit 1 naming every stale, missing or stray file
-    python protos/generate.py --lint    buf lint over the whole tree
+    python protos/generate.py --check   regenerate into a temporary folder; exit 1 naming every file that differs
+    python protos/generate.py --lint    buf lint over the tree, with the buf-bin of the Python that runs this
 
-The toolchain is pinned and lives in an environment of its own (.env-protoc in the repository's root, not committed): stubs
-made by it run on protobuf 6.33.5 and newer whatever the server itself has installed. stubs.lock holds a digest of everything
-that goes in and comes out, so that a test can tell stale stubs without the toolchain. Standard library only.
+The toolchain is pinned and lives in an environment of its own (.env-protoc in the repository's root, not committed):
+stubs made by it run on protobuf 6.33.5 and newer whatever else is installed beside them. stubs.lock holds a digest of
+everything that goes in and comes out, so that a test can tell stale stubs without the toolchain. This file needs only
+the standard library.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import venv
 from pathlib import Path
@@ -31,7 +33,6 @@ TOOLCHAIN = (
     "protobuf==6.33.6",
     "mypy-protobuf==5.1.0",
     "googleapis-common-protos==1.76.0",
-    "buf-bin==1.75.0",
 )
 STUB_PATTERNS = ("*_pb2.py", "*_pb2.pyi", "*_pb2_grpc.py", "*_pb2_grpc.pyi")
 # Files of google/ that the protos import and that neither protoc nor buf bring along.
@@ -92,7 +93,7 @@ def site_packages() -> Path:
 
 
 def generate(target: Path) -> None:
-    """Writes all stubs below ``target``, which must exist: messages of every proto, RPC stubs of those with a service."""
+    """Writes all stubs below ``target``, which must exist; RPC stubs only for protos with a service."""
     ensure_toolchain()
     protos = proto_files()
     services = [name for name in protos if name.endswith("_service.proto")]
@@ -144,11 +145,11 @@ def differences(fresh: Path) -> list[str]:
 
 def lint() -> int:
     """Runs buf lint over the tree; its findings go to standard output."""
-    ensure_toolchain()
     for name in INCLUDED_PROTOS:
         (INCLUDE / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(site_packages() / name, INCLUDE / name)
-    return subprocess.run([str(tool("buf")), "lint"], cwd=PROTOS, check=False).returncode
+        shutil.copyfile(Path(sysconfig.get_path("purelib")) / name, INCLUDE / name)
+    buf = Path(sysconfig.get_path("scripts")) / "buf"
+    return subprocess.run([str(buf), "lint"], cwd=PROTOS, check=False).returncode
 
 
 def main() -> int:
