@@ -237,6 +237,7 @@ def test_message_has_its_promised_fields(message: str) -> None:
 @pytest.mark.parametrize("resource", STATES)
 def test_resource_has_exactly_its_states(resource: str) -> None:
     state = descriptor_pool.Default().FindMessageTypeByName(resource).fields_by_name["state"].enum_type
+    assert state is not None
     assert [value.name.removeprefix("STATE_") for value in state.values[1:]] == STATES[resource].split()
 
 
@@ -257,8 +258,8 @@ def test_every_count_is_a_signed_64_bit_number() -> None:
 
 
 def test_every_timestamp_is_named_as_one() -> None:
-    fields = [field for message in messages() for field in message.fields if field.message_type is not None]
-    stamps = [field for field in fields if field.message_type.full_name == "google.protobuf.Timestamp"]
+    fields = [(field, field.message_type) for message in messages() for field in message.fields]
+    stamps = [field for field, type_ in fields if type_ and type_.full_name == "google.protobuf.Timestamp"]
     assert len(stamps) > 20
     assert [field.full_name for field in stamps if not (field.name == "time" or field.name.endswith("_time"))] == []
 
