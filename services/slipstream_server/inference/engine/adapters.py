@@ -1,0 +1,34 @@
+"""Where rows of one batch get their adapters from: the seam between the batch and whatever holds adapter weights.
+
+Rows of one batch may name different adapters. Torch-free; engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+from slipstream_server.errors import UnsupportedField
+from slipstream_server.inference.engine.core import Row
+from slipstream_server.inference.generation import AdapterPin
+
+
+class AdapterSlots(Protocol):
+    """Adapter weights on the device."""
+
+    def hold(self, pin: AdapterPin) -> None:
+        """Make the pinned version usable by rows, or raise a SlipstreamError that fails the request alone."""
+
+    def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        """Within it, row i of every forward runs with the adapter that ``rows[i].request.adapter`` pins (None: the base)."""
+
+
+class NoAdapters:
+    """Slots of a worker that serves its base model only."""
+
+    def hold(self, pin: AdapterPin) -> None:
+        raise UnsupportedField.of("adapter", f"version {pin.version!r}: this model is served without adapters")
+
+    def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+        return nullcontext()

@@ -1,0 +1,63 @@
+"""A batch in flight: its rows, their pass through the model and their choices, kept in step as rows leave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slipstream_server.inference.engine.adapters import AdapterSlots
+from slipstream_server.inference.engine.choosing import Choices, Chooser
+from slipstream_server.inference.engine.core import Row
+from slipstream_server.inference.engine.passes import Pass, Traits, new_pass
+from slipstream_server.inference.engine.processors import HouseRules
+
+
+class Batch:
+    """Rows that run together. Not yet run, or with the keys and values of all tokens but each row's newest."""
+
+    def __init__(self, traits: Traits, rows: list[Row], rules: HouseRules, slots: AdapterSlots) -> None:
+        self.rows = rows
+        self._traits = traits
+        self._rules = rules
+        self._slots = slots
+        self._pass: Pass | None = None
+        self._chooser = Chooser(rows, rules, traits.device)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose keys and values are held, padding not counted."""
+        return sum(len(row.tokens) for row in self.rows) if self._pass is not None else 0
+
+    def step(self) -> Choices:
+        """Run the rows one token further."""
+        with self._slots.applied(self.rows):
+            if self._pass is None:
+                self._pass = new_pass(self._traits, self.rows)
+                logits_RV = self._pass.prefill()
+            else:
+                logits_RV = self._pass.decode()
+        return self._chooser.choose(logits_RV)
+
+    def compact(self) -> bool:
+        """Let rows go that are not live any more; whether any is left."""
+        order = surviving_order([row.is_live for row in self.rows])
+        if len(order) < len(self.rows):
+            self.rows = [self.rows[index] for index in order]
+            if self.rows:
+                self._chooser = Chooser(self.rows, self._rules, self._traits.device)
+                if self._pass is not None:
+                    self._pass.keep(order)
+        return bool(self.rows)
+
+    def release(self) -> None:
+        """Give the device's memory back."""
+        self._pass = None
+
+
+def surviving_order(is_live: Sequence[bool]) -> list[int]:
+    """The live rows with the holes filled from the tail: rows before a hole stay where they are, so that few have to move."""
+    live = [index for index, alive in enumerate(is_live) if alive]
+    order: list[int] = []
+    while len(order) < len(live):
+        place = len(order)
+        order.append(place if is_live[place] else live.pop())
+    return order

@@ -1,0 +1,96 @@
+"""Beam search, by the model's own ``generate``: searches whose settings are equal share a call.
+
+A cancelled or expired request is seen between tokens: its beams are declared finished and its answer is thrown away. Engine thread, under inference_mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from slipstream_server.inference.engine.core import Generation
+from slipstream_server.inference.engine.passes import Traits, padded
+from slipstream_server.inference.generation import GenerationRequest
+
+
+def beam_key(request: GenerationRequest) -> Hashable:
+    """Equal for requests that one call of ``generate`` serves: it takes these once for all rows.
+
+    Steps that look back at the prompt would see the padding of shorter ones: with them, only prompts of one length share.
+    """
+    sampling, stopping, beams = request.sampling, request.stopping, request.beams
+    looks_back = sampling.repetition_penalty != 1.0 or sampling.no_repeat_ngram_size > 0
+    return (
+        (beams.num_beams, beams.length_penalty, beams.early_stopping, request.num_return_sequences),
+        (stopping.max_new_tokens, stopping.min_new_tokens, stopping.eos_token_ids, stopping.stop_token_ids),
+        (sampling.repetition_penalty, sampling.no_repeat_ngram_size, tuple(sorted(sampling.logit_bias.items()))),
+        len(request.prompt_token_ids) if looks_back else None,
+    )
+
+
+def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[], None]) -> list[list[list[int]]]:
+    """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``."""
+    requests = [generation.request for generation in generations]
+    prompts = [np.array(request.prompt_token_ids, dtype=np.int64) for request in requests]
+    tokens_PT, mask_PT = padded(prompts, traits.pad_token_id, left=not traits.is_encoder_decoder)
+    found = traits.model.generate(
+        input_ids=tokens_PT.to(traits.device),
+        attention_mask=mask_PT.to(traits.device),
+        generation_config=_settings(traits, requests[0]),
+        stopping_criteria=StoppingCriteriaList([_Unwanted(generations, poll)]),
+    )
+    num_context = 1 if traits.is_encoder_decoder else tokens_PT.shape[1]
+    answers = iter(found[:, num_context:].tolist())
+    return [[_until_end(next(answers), request) for _ in range(request.num_return_sequences)] for request in requests]
+
+
+class _Unwanted(StoppingCriteria):  # type: ignore[misc]
+    """Ends the beams of generations that are over."""
+
+    def __init__(self, generations: Sequence[Generation], poll: Callable[[], None]) -> None:
+        self._generations = generations
+        self._poll = poll
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._poll()
+        over = torch.tensor([generation.is_over for generation in self._generations], device=input_ids.device)
+        return over.repeat_interleave(input_ids.shape[0] // len(self._generations))
+
+
+def _settings(traits: Traits, request: GenerationRequest) -> GenerationConfig:
+    """The model's generation_config with the request's settings in place of its own."""
+    sampling, stopping, beams = request.sampling, request.stopping, request.beams
+    config = copy.deepcopy(traits.model.generation_config)
+    ends = [*stopping.eos_token_ids, *stopping.stop_token_ids]
+    config.update(
+        do_sample=False,
+        temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None,
+        max_length=None, min_length=None,
+        max_new_tokens=stopping.max_new_tokens,
+        min_new_tokens=stopping.min_new_tokens or None,
+        eos_token_id=ends or None,
+        pad_token_id=traits.pad_token_id,
+        num_beams=beams.num_beams,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping,
+        num_return_sequences=request.num_return_sequences,
+        repetition_penalty=sampling.repetition_penalty,
+        no_repeat_ngram_size=sampling.no_repeat_ngram_size or None,
+        sequence_bias={(token_id,): float(bias) for token_id, bias in sampling.logit_bias.items()} or None,
+        return_dict_in_generate=False, output_scores=False,
+    )  # fmt: skip
+    return config
+
+
+def _until_end(tokens: list[int], request: GenerationRequest) -> list[int]:
+    """The answer without the padding behind its end token."""
+    ends = {*request.stopping.eos_token_ids, *request.stopping.stop_token_ids}
+    for place, token_id in enumerate(tokens):
+        if token_id in ends:
+            return tokens[: place + 1]
+    return tokens

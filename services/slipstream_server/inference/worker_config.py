@@ -1,0 +1,77 @@
+"""How the front tells a worker what to serve: one struct, passed as JSON on the worker's command line. Torch-free; no secrets in it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from slipstream_server.inference.engine.scheduler import BatchLimits
+from slipstream_server.models.load_options import LoadOptions
+
+EngineName = Literal["padded", "null"]
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything a worker needs to know. ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep weights in
+    oneDNN's own layout where that gives the same results (more memory, faster); None for wherever it helps.
+    """
+
+    model_folder: Path | None = None
+    load: LoadOptions = LoadOptions()
+    engine: EngineName = "padded"
+    max_batch_size: int = 16
+    max_batch_tokens: int = 16384
+    max_queue_delay_ms: float = 5.0
+    threads: int = 0
+    packed_linears: bool = True
+    log_level: str = "INFO"
+    log_format: Literal["auto", "json", "text"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.engine != "null" and self.model_folder is None:
+            raise ValueError("model_folder is needed by every engine but null")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; at least 0")
+        self.limits()
+
+    def limits(self) -> BatchLimits:
+        """The batch limits; ValueError names a bad one."""
+        return BatchLimits(
+            max_batch_size=self.max_batch_size,
+            max_batch_tokens=self.max_batch_tokens,
+            max_queue_delay_ms=self.max_queue_delay_ms,
+        )
+
+
+def encode_config(config: WorkerConfig) -> str:
+    """The config as JSON."""
+    return msgspec.json.encode(config, enc_hook=_encode_path).decode()
+
+
+def decode_config(text: str) -> WorkerConfig:
+    """A config from JSON; msgspec.ValidationError names what is wrong."""
+    return msgspec.json.decode(text, type=WorkerConfig, dec_hook=_decode_path)
+
+
+def worker_command(config: WorkerConfig, socket_path: Path) -> list[str]:
+    """The command line that starts a worker, which connects to the unix socket at ``socket_path``."""
+    module = "slipstream_server.inference.worker"
+    return [sys.executable, "-m", module, "--socket", str(socket_path), "--config", encode_config(config)]
+
+
+def _encode_path(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotImplementedError(f"{type(value).__name__} in a worker's configuration")
+
+
+def _decode_path(kind: type, value: Any) -> Any:
+    if issubclass(kind, Path):
+        return Path(value)
+    raise NotImplementedError(f"{kind.__name__} in a worker's configuration")
