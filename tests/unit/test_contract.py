@@ -19,8 +19,10 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor, FileDescriptor, MethodDescriptor
 
 import slipstream
+from slipstream.training.v1 import dataset_service_pb2
 from slipstream.type.v1 import error_reason_pb2
 from slipstream_server import errors
+from slipstream_server.training.rows import RowErrorReason
 
 PROTOS = Path(__file__).resolve().parents[2] / "protos"
 
@@ -299,3 +301,8 @@ def test_inner_error_classes_reuse_reasons_of_the_enum() -> None:
 
 def test_a_leaf_error_states_its_own_reason() -> None:
     assert [leaf.__name__ for leaf in reason_classes() if "reason" not in vars(leaf)] == []
+
+
+def test_every_reason_a_row_can_be_refused_for_is_in_the_contract() -> None:
+    names = set(dataset_service_pb2.RowErrorReason.keys())
+    assert {f"ROW_ERROR_REASON_{reason}" for reason in RowErrorReason} <= names

@@ -514,6 +514,7 @@ class AliasChange(_message.Message):
     SET_TIME_FIELD_NUMBER: _builtins.int
     SET_BY_FIELD_NUMBER: _builtins.int
     COMMENT_FIELD_NUMBER: _builtins.int
+    GATE_OVERRIDDEN_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version it pointed at."""
     generation: _builtins.int
@@ -522,6 +523,8 @@ class AliasChange(_message.Message):
     """Who did: a subject, or "trainingJobs/{job}"."""
     comment: _builtins.str
     """Why, as the caller said. Empty: nothing said."""
+    gate_overridden: _builtins.bool
+    """Whether it was pointed there although its gate was closed."""
     @_builtins.property
     def set_time(self) -> _timestamp_pb2.Timestamp:
         """When it was pointed there."""
@@ -534,10 +537,11 @@ class AliasChange(_message.Message):
         set_time: _timestamp_pb2.Timestamp | None = ...,
         set_by: _builtins.str = ...,
         comment: _builtins.str = ...,
+        gate_overridden: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["set_time", b"set_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "generation", b"generation", "set_by", b"set_by", "set_time", b"set_time", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comment", b"comment", "gate_overridden", b"gate_overridden", "generation", b"generation", "set_by", b"set_by", "set_time", b"set_time", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -741,7 +745,7 @@ class ListAdaptersRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     BASE_MODEL_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Adapters in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Adapters in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     base_model: _builtins.str
@@ -1139,7 +1143,7 @@ class ListAdapterVersionsRequest(_message.Message):
     parent: _builtins.str
     """"adapters/{adapter}" or the bare id. Required."""
     page_size: _builtins.int
-    """Versions in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Versions in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     @_builtins.property
@@ -1348,7 +1352,7 @@ class ListAdapterAliasesRequest(_message.Message):
     parent: _builtins.str
     """"adapters/{adapter}" or the bare id. Required."""
     page_size: _builtins.int
-    """Aliases in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Aliases in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     def __init__(

@@ -160,7 +160,7 @@ class AdapterServiceServicer:
 
     def CreateAdapter(self, request, context):
         """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-        which changes nothing until it is trained; making it is long work.
+        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
 
         Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
         """

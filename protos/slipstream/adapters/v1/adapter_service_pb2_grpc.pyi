@@ -40,7 +40,7 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     CreateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.Adapter]
     """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-    which changes nothing until it is trained; making it is long work.
+    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
 
     Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
     """
@@ -171,7 +171,7 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.Adapter]  # type: ignore[assignment]
     """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-    which changes nothing until it is trained; making it is long work.
+    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
 
     Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
     """
@@ -305,7 +305,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.Adapter, _abc.Awaitable[_adapter_service_pb2.Adapter]]:
         """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-        which changes nothing until it is trained; making it is long work.
+        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
 
         Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
         """

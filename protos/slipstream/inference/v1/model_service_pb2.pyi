@@ -520,7 +520,7 @@ class ListModelsRequest(_message.Message):
     STATES_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Models in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Models in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     task: _builtins.str
@@ -1143,7 +1143,7 @@ class RecommendModelsRequest(_message.Message):
     local_only: _builtins.bool
     """Leave out entries that would have to be downloaded. Default false."""
     page_size: _builtins.int
-    """Recommendations wanted, 1 to 50. 0: 5; larger values count as 50, negative ones are INVALID_ARGUMENT."""
+    """Recommendations wanted, 1 to 50. 0: 5."""
     @_builtins.property
     def licences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Only these licences, as SPDX identifiers. Empty: any."""

@@ -338,7 +338,7 @@ class ListTasksRequest(_message.Message):
     model: _builtins.str
     """Only tasks that this model can do: "models/{model}" or its id. Empty: all."""
     page_size: _builtins.int
-    """Tasks in a page, 1 to 100. 0: 50; larger values count as 100, negative ones are INVALID_ARGUMENT."""
+    """Tasks in a page, 1 to 100. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     def __init__(

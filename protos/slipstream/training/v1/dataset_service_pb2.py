@@ -30,15 +30,13 @@ from slipstream.type.v1 import artifact_pb2 as slipstream_dot_type_dot_v1_dot_ar
 from slipstream.type.v1 import progress_pb2 as slipstream_dot_type_dot_v1_dot_progress__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,slipstream/training/v1/dataset_service.proto\x12\x16slipstream.training.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!slipstream/type/v1/artifact.proto\x1a!slipstream/type/v1/progress.proto\"\xf6\x08\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.slipstream.training.v1.Dataset.State\x12\x15\n\rstate_message\x18\x04 \x01(\t\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\x08progress\x18\x06 \x01(\x0b\x32\x1c.slipstream.type.v1.Progress\x12\x35\n\x06\x66ormat\x18\x07 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12\x34\n\x06splits\x18\x08 \x03(\x0b\x32$.slipstream.training.v1.DatasetSplit\x12\x11\n\trow_count\x18\t \x01(\x03\x12\x19\n\x11invalid_row_count\x18\n \x01(\x03\x12\x34\n\nrow_errors\x18\x0b \x03(\x0b\x32 .slipstream.training.v1.RowError\x12\x46\n\x0c\x65rror_counts\x18\x0c \x03(\x0b\x32\x30.slipstream.training.v1.Dataset.ErrorCountsEntry\x12\x13\n\x0b\x66ield_names\x18\r \x03(\t\x12H\n\rfield_mapping\x18\x0e \x03(\x0b\x32\x31.slipstream.training.v1.Dataset.FieldMappingEntry\x12\x14\n\x0c\x63lass_labels\x18\x0f \x03(\t\x12\x12\n\nsize_bytes\x18\x10 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x11 \x01(\t\x12\x0e\n\x06source\x18\x12 \x01(\t\x12\x10\n\x08revision\x18\x13 \x01(\t\x12;\n\x06labels\x18\x14 \x03(\x0b\x32+.slipstream.training.v1.Dataset.LabelsEntry\x12\r\n\x05owner\x18\x15 \x01(\t\x12/\n\x0b\x63reate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x18 \x01(\t\x1a\x32\n\x10\x45rrorCountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x7f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_IMPORTING\x10\x01\x12\x14\n\x10STATE_VALIDATING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x11\n\rSTATE_INVALID\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"J\n\x0c\x44\x61tasetSplit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\x19\n\x11invalid_row_count\x18\x03 \x01(\x03\"\x7f\n\x08RowError\x12\r\n\x05split\x18\x01 \x01(\t\x12\x11\n\trow_index\x18\x02 \x01(\x03\x12\x0c\n\x04path\x18\x03 \x01(\t\x12\x13\n\x0bline_number\x18\x04 \x01(\x03\x12\r\n\x05\x66ield\x18\x05 \x01(\t\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\"\x94\x01\n\x14UploadDatasetRequest\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.slipstream.training.v1.UploadDatasetHeaderH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.slipstream.type.v1.ArtifactChunkH\x00\x42\t\n\x07\x63ontent\"\xd8\x03\n\x13UploadDatasetHeader\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x32\n\x05\x66iles\x18\x03 \x03(\x0b\x32#.slipstream.training.v1.DatasetFile\x12\x35\n\x06\x66ormat\x18\x04 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12T\n\rfield_mapping\x18\x05 \x03(\x0b\x32=.slipstream.training.v1.UploadDatasetHeader.FieldMappingEntry\x12G\n\x06labels\x18\x06 \x03(\x0b\x32\x37.slipstream.training.v1.UploadDatasetHeader.LabelsEntry\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0b\x44\x61tasetFile\x12.\n\x04\x66ile\x18\x01 \x01(\x0b\x32 .slipstream.type.v1.ArtifactFile\x12\r\n\x05split\x18\x02 \x01(\t\"\xf0\x03\n\x14ImportDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0e\n\x06splits\x18\x06 \x03(\t\x12\x35\n\x06\x66ormat\x18\x07 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12U\n\rfield_mapping\x18\x08 \x03(\x0b\x32>.slipstream.training.v1.ImportDatasetRequest.FieldMappingEntry\x12H\n\x06labels\x18\t \x03(\x0b\x32\x38.slipstream.training.v1.ImportDatasetRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\n \x01(\x08\x12\x12\n\nrequest_id\x18\x0b \x01(\t\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"s\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x35\n\x06states\x18\x03 \x03(\x0e\x32%.slipstream.training.v1.Dataset.State\"b\n\x14ListDatasetsResponse\x12\x31\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1f.slipstream.training.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x14\x44\x65leteDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\xbd\x01\n\x15PreviewDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x11\n\tstart_row\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x1e\n\x11max_length_tokens\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0ftrain_on_prompt\x18\x07 \x01(\x08\x42\x14\n\x12_max_length_tokens\"\xa0\x01\n\x16PreviewDatasetResponse\x12\x30\n\x04rows\x18\x01 \x03(\x0b\x32\".slipstream.training.v1.PreviewRow\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\x41\n\x10token_statistics\x18\x03 \x01(\x0b\x32\'.slipstream.training.v1.TokenStatistics\"\xda\x01\n\nPreviewRow\x12\x11\n\trow_index\x18\x01 \x01(\x03\x12\'\n\x06\x66ields\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x15\n\rrendered_text\x18\x03 \x01(\t\x12\x34\n\x06tokens\x18\x04 \x03(\x0b\x32$.slipstream.training.v1.PreviewToken\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x30\n\x06\x65rrors\x18\x06 \x03(\x0b\x32 .slipstream.training.v1.RowError\"?\n\x0cPreviewToken\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07in_loss\x18\x03 \x01(\x08\"\x94\x01\n\x0fTokenStatistics\x12\x11\n\trow_count\x18\x01 \x01(\x03\x12\x12\n\nmin_tokens\x18\x02 \x01(\x03\x12\x15\n\rmedian_tokens\x18\x03 \x01(\x03\x12\x12\n\np95_tokens\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x12\x1b\n\x13truncated_row_count\x18\x06 \x01(\x03*\x91\x02\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x41TASET_FORMAT_MESSAGES\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x17\n\x13\x44\x41TASET_FORMAT_TEXT\x10\x03\x12\x1d\n\x19\x44\x41TASET_FORMAT_TEXT_LABEL\x10\x04\x12\x1f\n\x1b\x44\x41TASET_FORMAT_TOKEN_LABELS\x10\x05\x12%\n!DATASET_FORMAT_QUESTION_ANSWERING\x10\x06\x12\x1d\n\x19\x44\x41TASET_FORMAT_PREFERENCE\x10\x07\x32\xdf\x04\n\x0e\x44\x61tasetService\x12`\n\rUploadDataset\x12,.slipstream.training.v1.UploadDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset(\x01\x12^\n\rImportDataset\x12,.slipstream.training.v1.ImportDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset\x12X\n\nGetDataset\x12).slipstream.training.v1.GetDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset\x12i\n\x0cListDatasets\x12+.slipstream.training.v1.ListDatasetsRequest\x1a,.slipstream.training.v1.ListDatasetsResponse\x12U\n\rDeleteDataset\x12,.slipstream.training.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\x12o\n\x0ePreviewDataset\x12-.slipstream.training.v1.PreviewDatasetRequest\x1a..slipstream.training.v1.PreviewDatasetResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n,slipstream/training/v1/dataset_service.proto\x12\x16slipstream.training.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\x1a!slipstream/type/v1/artifact.proto\x1a!slipstream/type/v1/progress.proto\"\xb7\x08\n\x07\x44\x61taset\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x34\n\x05state\x18\x03 \x01(\x0e\x32%.slipstream.training.v1.Dataset.State\x12\x15\n\rstate_message\x18\x04 \x01(\t\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\x12.\n\x08progress\x18\x06 \x01(\x0b\x32\x1c.slipstream.type.v1.Progress\x12\x35\n\x06\x66ormat\x18\x07 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12\x34\n\x06splits\x18\x08 \x03(\x0b\x32$.slipstream.training.v1.DatasetSplit\x12\x11\n\trow_count\x18\t \x01(\x03\x12\x19\n\x11invalid_row_count\x18\n \x01(\x03\x12\x34\n\nrow_errors\x18\x0b \x03(\x0b\x32 .slipstream.training.v1.RowError\x12;\n\x0c\x65rror_counts\x18\x0c \x03(\x0b\x32%.slipstream.training.v1.RowErrorCount\x12\x13\n\x0b\x66ield_names\x18\r \x03(\t\x12H\n\rfield_mapping\x18\x0e \x03(\x0b\x32\x31.slipstream.training.v1.Dataset.FieldMappingEntry\x12\x14\n\x0c\x63lass_labels\x18\x0f \x03(\t\x12\x12\n\nsize_bytes\x18\x10 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x11 \x01(\t\x12\x0e\n\x06source\x18\x12 \x01(\t\x12\x10\n\x08revision\x18\x13 \x01(\t\x12;\n\x06labels\x18\x14 \x03(\x0b\x32+.slipstream.training.v1.Dataset.LabelsEntry\x12\r\n\x05owner\x18\x15 \x01(\t\x12/\n\x0b\x63reate_time\x18\x16 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x17 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x18 \x01(\t\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x7f\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x13\n\x0fSTATE_IMPORTING\x10\x01\x12\x14\n\x10STATE_VALIDATING\x10\x02\x12\x0f\n\x0bSTATE_READY\x10\x03\x12\x11\n\rSTATE_INVALID\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\"J\n\x0c\x44\x61tasetSplit\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\x19\n\x11invalid_row_count\x18\x03 \x01(\x03\"\x94\x01\n\x08RowError\x12\r\n\x05split\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x13\n\x0bline_number\x18\x03 \x01(\x03\x12\r\n\x05\x66ield\x18\x04 \x01(\t\x12\x36\n\x06reason\x18\x05 \x01(\x0e\x32&.slipstream.training.v1.RowErrorReason\x12\x0f\n\x07message\x18\x06 \x01(\t\"V\n\rRowErrorCount\x12\x36\n\x06reason\x18\x01 \x01(\x0e\x32&.slipstream.training.v1.RowErrorReason\x12\r\n\x05\x63ount\x18\x02 \x01(\x03\"\x94\x01\n\x14UploadDatasetRequest\x12=\n\x06header\x18\x01 \x01(\x0b\x32+.slipstream.training.v1.UploadDatasetHeaderH\x00\x12\x32\n\x05\x63hunk\x18\x02 \x01(\x0b\x32!.slipstream.type.v1.ArtifactChunkH\x00\x42\t\n\x07\x63ontent\"\xd8\x03\n\x13UploadDatasetHeader\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x32\n\x05\x66iles\x18\x03 \x03(\x0b\x32#.slipstream.training.v1.DatasetFile\x12\x35\n\x06\x66ormat\x18\x04 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12T\n\rfield_mapping\x18\x05 \x03(\x0b\x32=.slipstream.training.v1.UploadDatasetHeader.FieldMappingEntry\x12G\n\x06labels\x18\x06 \x03(\x0b\x32\x37.slipstream.training.v1.UploadDatasetHeader.LabelsEntry\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x0b\x44\x61tasetFile\x12.\n\x04\x66ile\x18\x01 \x01(\x0b\x32 .slipstream.type.v1.ArtifactFile\x12\r\n\x05split\x18\x02 \x01(\t\"\xf0\x03\n\x14ImportDatasetRequest\x12\x12\n\ndataset_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x10\n\x08revision\x18\x04 \x01(\t\x12\x15\n\rconfiguration\x18\x05 \x01(\t\x12\x0e\n\x06splits\x18\x06 \x03(\t\x12\x35\n\x06\x66ormat\x18\x07 \x01(\x0e\x32%.slipstream.training.v1.DatasetFormat\x12U\n\rfield_mapping\x18\x08 \x03(\x0b\x32>.slipstream.training.v1.ImportDatasetRequest.FieldMappingEntry\x12H\n\x06labels\x18\t \x03(\x0b\x32\x38.slipstream.training.v1.ImportDatasetRequest.LabelsEntry\x12\x15\n\rvalidate_only\x18\n \x01(\x08\x12\x12\n\nrequest_id\x18\x0b \x01(\t\x1a\x33\n\x11\x46ieldMappingEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"!\n\x11GetDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"s\n\x13ListDatasetsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x03\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x35\n\x06states\x18\x03 \x03(\x0e\x32%.slipstream.training.v1.Dataset.State\"b\n\x14ListDatasetsResponse\x12\x31\n\x08\x64\x61tasets\x18\x01 \x03(\x0b\x32\x1f.slipstream.training.v1.Dataset\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"2\n\x14\x44\x65leteDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\"\xbd\x01\n\x15PreviewDatasetRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05split\x18\x02 \x01(\t\x12\x11\n\tstart_row\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x03\x12\x12\n\nbase_model\x18\x05 \x01(\t\x12\x1e\n\x11max_length_tokens\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\x0ftrain_on_prompt\x18\x07 \x01(\x08\x42\x14\n\x12_max_length_tokens\"\xa0\x01\n\x16PreviewDatasetResponse\x12\x30\n\x04rows\x18\x01 \x03(\x0b\x32\".slipstream.training.v1.PreviewRow\x12\x11\n\trow_count\x18\x02 \x01(\x03\x12\x41\n\x10token_statistics\x18\x03 \x01(\x0b\x32\'.slipstream.training.v1.TokenStatistics\"\xef\x01\n\nPreviewRow\x12\x11\n\trow_index\x18\x01 \x01(\x03\x12\'\n\x06\x66ields\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x15\n\rrendered_text\x18\x03 \x01(\t\x12\x34\n\x06tokens\x18\x04 \x03(\x0b\x32$.slipstream.training.v1.PreviewToken\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x30\n\x06\x65rrors\x18\x06 \x03(\x0b\x32 .slipstream.training.v1.RowError\x12\x13\n\x0bline_number\x18\x07 \x01(\x03\"?\n\x0cPreviewToken\x12\x10\n\x08token_id\x18\x01 \x01(\x03\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07in_loss\x18\x03 \x01(\x08\"\x94\x01\n\x0fTokenStatistics\x12\x11\n\trow_count\x18\x01 \x01(\x03\x12\x12\n\nmin_tokens\x18\x02 \x01(\x03\x12\x15\n\rmedian_tokens\x18\x03 \x01(\x03\x12\x12\n\np95_tokens\x18\x04 \x01(\x03\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x12\x1b\n\x13truncated_row_count\x18\x06 \x01(\x03*\x91\x02\n\rDatasetFormat\x12\x1e\n\x1a\x44\x41TASET_FORMAT_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44\x41TASET_FORMAT_MESSAGES\x10\x01\x12$\n DATASET_FORMAT_PROMPT_COMPLETION\x10\x02\x12\x17\n\x13\x44\x41TASET_FORMAT_TEXT\x10\x03\x12\x1d\n\x19\x44\x41TASET_FORMAT_TEXT_LABEL\x10\x04\x12\x1f\n\x1b\x44\x41TASET_FORMAT_TOKEN_LABELS\x10\x05\x12%\n!DATASET_FORMAT_QUESTION_ANSWERING\x10\x06\x12\x1d\n\x19\x44\x41TASET_FORMAT_PREFERENCE\x10\x07*\xb7\x06\n\x0eRowErrorReason\x12 \n\x1cROW_ERROR_REASON_UNSPECIFIED\x10\x00\x12!\n\x1dROW_ERROR_REASON_INVALID_UTF8\x10\x01\x12!\n\x1dROW_ERROR_REASON_INVALID_JSON\x10\x02\x12\"\n\x1eROW_ERROR_REASON_NOT_AN_OBJECT\x10\x03\x12\"\n\x1eROW_ERROR_REASON_DUPLICATE_KEY\x10\x04\x12 \n\x1cROW_ERROR_REASON_UNKNOWN_KEY\x10\x05\x12 \n\x1cROW_ERROR_REASON_MISSING_KEY\x10\x06\x12\x1f\n\x1bROW_ERROR_REASON_WRONG_TYPE\x10\x07\x12(\n$ROW_ERROR_REASON_FORBIDDEN_CHARACTER\x10\x08\x12\x1f\n\x1bROW_ERROR_REASON_EMPTY_TEXT\x10\t\x12!\n\x1dROW_ERROR_REASON_UNKNOWN_ROLE\x10\n\x12#\n\x1fROW_ERROR_REASON_MISPLACED_ROLE\x10\x0b\x12&\n\"ROW_ERROR_REASON_TOO_MANY_MESSAGES\x10\x0c\x12\"\n\x1eROW_ERROR_REASON_MIXED_FORMATS\x10\r\x12!\n\x1dROW_ERROR_REASON_ROW_TOO_LONG\x10\x0e\x12\"\n\x1eROW_ERROR_REASON_TOO_MANY_ROWS\x10\x0f\x12\x1c\n\x18ROW_ERROR_REASON_NO_ROWS\x10\x10\x12%\n!ROW_ERROR_REASON_TEMPLATE_REFUSED\x10\x11\x12-\n)ROW_ERROR_REASON_TEMPLATE_REWRITES_ANSWER\x10\x12\x12%\n!ROW_ERROR_REASON_NOTHING_TO_LEARN\x10\x13\x12#\n\x1fROW_ERROR_REASON_LABEL_MISMATCH\x10\x14\x12*\n&ROW_ERROR_REASON_ANSWER_NOT_IN_CONTEXT\x10\x15\x32\xdf\x04\n\x0e\x44\x61tasetService\x12`\n\rUploadDataset\x12,.slipstream.training.v1.UploadDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset(\x01\x12^\n\rImportDataset\x12,.slipstream.training.v1.ImportDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset\x12X\n\nGetDataset\x12).slipstream.training.v1.GetDatasetRequest\x1a\x1f.slipstream.training.v1.Dataset\x12i\n\x0cListDatasets\x12+.slipstream.training.v1.ListDatasetsRequest\x1a,.slipstream.training.v1.ListDatasetsResponse\x12U\n\rDeleteDataset\x12,.slipstream.training.v1.DeleteDatasetRequest\x1a\x16.google.protobuf.Empty\x12o\n\x0ePreviewDataset\x12-.slipstream.training.v1.PreviewDatasetRequest\x1a..slipstream.training.v1.PreviewDatasetResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'slipstream.training.v1.dataset_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATASET_ERRORCOUNTSENTRY']._loaded_options = None
-  _globals['_DATASET_ERRORCOUNTSENTRY']._serialized_options = b'8\001'
   _globals['_DATASET_FIELDMAPPINGENTRY']._loaded_options = None
   _globals['_DATASET_FIELDMAPPINGENTRY']._serialized_options = b'8\001'
   _globals['_DATASET_LABELSENTRY']._loaded_options = None
@@ -51,56 +49,58 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IMPORTDATASETREQUEST_FIELDMAPPINGENTRY']._serialized_options = b'8\001'
   _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._loaded_options = None
   _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_DATASETFORMAT']._serialized_start=3909
-  _globals['_DATASETFORMAT']._serialized_end=4182
+  _globals['_DATASETFORMAT']._serialized_start=3977
+  _globals['_DATASETFORMAT']._serialized_end=4250
+  _globals['_ROWERRORREASON']._serialized_start=4253
+  _globals['_ROWERRORREASON']._serialized_end=5076
   _globals['_DATASET']._serialized_start=260
-  _globals['_DATASET']._serialized_end=1402
-  _globals['_DATASET_ERRORCOUNTSENTRY']._serialized_start=1123
-  _globals['_DATASET_ERRORCOUNTSENTRY']._serialized_end=1173
-  _globals['_DATASET_FIELDMAPPINGENTRY']._serialized_start=1175
-  _globals['_DATASET_FIELDMAPPINGENTRY']._serialized_end=1226
-  _globals['_DATASET_LABELSENTRY']._serialized_start=1228
-  _globals['_DATASET_LABELSENTRY']._serialized_end=1273
-  _globals['_DATASET_STATE']._serialized_start=1275
-  _globals['_DATASET_STATE']._serialized_end=1402
-  _globals['_DATASETSPLIT']._serialized_start=1404
-  _globals['_DATASETSPLIT']._serialized_end=1478
-  _globals['_ROWERROR']._serialized_start=1480
-  _globals['_ROWERROR']._serialized_end=1607
-  _globals['_UPLOADDATASETREQUEST']._serialized_start=1610
-  _globals['_UPLOADDATASETREQUEST']._serialized_end=1758
-  _globals['_UPLOADDATASETHEADER']._serialized_start=1761
-  _globals['_UPLOADDATASETHEADER']._serialized_end=2233
-  _globals['_UPLOADDATASETHEADER_FIELDMAPPINGENTRY']._serialized_start=1175
-  _globals['_UPLOADDATASETHEADER_FIELDMAPPINGENTRY']._serialized_end=1226
-  _globals['_UPLOADDATASETHEADER_LABELSENTRY']._serialized_start=1228
-  _globals['_UPLOADDATASETHEADER_LABELSENTRY']._serialized_end=1273
-  _globals['_DATASETFILE']._serialized_start=2235
-  _globals['_DATASETFILE']._serialized_end=2311
-  _globals['_IMPORTDATASETREQUEST']._serialized_start=2314
-  _globals['_IMPORTDATASETREQUEST']._serialized_end=2810
-  _globals['_IMPORTDATASETREQUEST_FIELDMAPPINGENTRY']._serialized_start=1175
-  _globals['_IMPORTDATASETREQUEST_FIELDMAPPINGENTRY']._serialized_end=1226
-  _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._serialized_start=1228
-  _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._serialized_end=1273
-  _globals['_GETDATASETREQUEST']._serialized_start=2812
-  _globals['_GETDATASETREQUEST']._serialized_end=2845
-  _globals['_LISTDATASETSREQUEST']._serialized_start=2847
-  _globals['_LISTDATASETSREQUEST']._serialized_end=2962
-  _globals['_LISTDATASETSRESPONSE']._serialized_start=2964
-  _globals['_LISTDATASETSRESPONSE']._serialized_end=3062
-  _globals['_DELETEDATASETREQUEST']._serialized_start=3064
-  _globals['_DELETEDATASETREQUEST']._serialized_end=3114
-  _globals['_PREVIEWDATASETREQUEST']._serialized_start=3117
-  _globals['_PREVIEWDATASETREQUEST']._serialized_end=3306
-  _globals['_PREVIEWDATASETRESPONSE']._serialized_start=3309
-  _globals['_PREVIEWDATASETRESPONSE']._serialized_end=3469
-  _globals['_PREVIEWROW']._serialized_start=3472
-  _globals['_PREVIEWROW']._serialized_end=3690
-  _globals['_PREVIEWTOKEN']._serialized_start=3692
-  _globals['_PREVIEWTOKEN']._serialized_end=3755
-  _globals['_TOKENSTATISTICS']._serialized_start=3758
-  _globals['_TOKENSTATISTICS']._serialized_end=3906
-  _globals['_DATASETSERVICE']._serialized_start=4185
-  _globals['_DATASETSERVICE']._serialized_end=4792
+  _globals['_DATASET']._serialized_end=1339
+  _globals['_DATASET_FIELDMAPPINGENTRY']._serialized_start=1112
+  _globals['_DATASET_FIELDMAPPINGENTRY']._serialized_end=1163
+  _globals['_DATASET_LABELSENTRY']._serialized_start=1165
+  _globals['_DATASET_LABELSENTRY']._serialized_end=1210
+  _globals['_DATASET_STATE']._serialized_start=1212
+  _globals['_DATASET_STATE']._serialized_end=1339
+  _globals['_DATASETSPLIT']._serialized_start=1341
+  _globals['_DATASETSPLIT']._serialized_end=1415
+  _globals['_ROWERROR']._serialized_start=1418
+  _globals['_ROWERROR']._serialized_end=1566
+  _globals['_ROWERRORCOUNT']._serialized_start=1568
+  _globals['_ROWERRORCOUNT']._serialized_end=1654
+  _globals['_UPLOADDATASETREQUEST']._serialized_start=1657
+  _globals['_UPLOADDATASETREQUEST']._serialized_end=1805
+  _globals['_UPLOADDATASETHEADER']._serialized_start=1808
+  _globals['_UPLOADDATASETHEADER']._serialized_end=2280
+  _globals['_UPLOADDATASETHEADER_FIELDMAPPINGENTRY']._serialized_start=1112
+  _globals['_UPLOADDATASETHEADER_FIELDMAPPINGENTRY']._serialized_end=1163
+  _globals['_UPLOADDATASETHEADER_LABELSENTRY']._serialized_start=1165
+  _globals['_UPLOADDATASETHEADER_LABELSENTRY']._serialized_end=1210
+  _globals['_DATASETFILE']._serialized_start=2282
+  _globals['_DATASETFILE']._serialized_end=2358
+  _globals['_IMPORTDATASETREQUEST']._serialized_start=2361
+  _globals['_IMPORTDATASETREQUEST']._serialized_end=2857
+  _globals['_IMPORTDATASETREQUEST_FIELDMAPPINGENTRY']._serialized_start=1112
+  _globals['_IMPORTDATASETREQUEST_FIELDMAPPINGENTRY']._serialized_end=1163
+  _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._serialized_start=1165
+  _globals['_IMPORTDATASETREQUEST_LABELSENTRY']._serialized_end=1210
+  _globals['_GETDATASETREQUEST']._serialized_start=2859
+  _globals['_GETDATASETREQUEST']._serialized_end=2892
+  _globals['_LISTDATASETSREQUEST']._serialized_start=2894
+  _globals['_LISTDATASETSREQUEST']._serialized_end=3009
+  _globals['_LISTDATASETSRESPONSE']._serialized_start=3011
+  _globals['_LISTDATASETSRESPONSE']._serialized_end=3109
+  _globals['_DELETEDATASETREQUEST']._serialized_start=3111
+  _globals['_DELETEDATASETREQUEST']._serialized_end=3161
+  _globals['_PREVIEWDATASETREQUEST']._serialized_start=3164
+  _globals['_PREVIEWDATASETREQUEST']._serialized_end=3353
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_start=3356
+  _globals['_PREVIEWDATASETRESPONSE']._serialized_end=3516
+  _globals['_PREVIEWROW']._serialized_start=3519
+  _globals['_PREVIEWROW']._serialized_end=3758
+  _globals['_PREVIEWTOKEN']._serialized_start=3760
+  _globals['_PREVIEWTOKEN']._serialized_end=3823
+  _globals['_TOKENSTATISTICS']._serialized_start=3826
+  _globals['_TOKENSTATISTICS']._serialized_end=3974
+  _globals['_DATASETSERVICE']._serialized_start=5079
+  _globals['_DATASETSERVICE']._serialized_end=5686
 # @@protoc_insertion_point(module_scope)

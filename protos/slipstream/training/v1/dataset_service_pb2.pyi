@@ -48,7 +48,9 @@ class _DatasetFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dataset
     """`prompt`, `chosen` and `rejected`: text or lists of messages. Preference tuning."""
 
 class DatasetFormat(_DatasetFormat, metaclass=_DatasetFormatEnumTypeWrapper):
-    """What the rows of a dataset hold, and so what can be trained on them."""
+    """What the rows of a dataset hold, and so what can be trained on them. A field that the format does not have is an error of the row
+    (UNKNOWN_KEY): what is dropped silently changes what is trained.
+    """
 
 DATASET_FORMAT_UNSPECIFIED: DatasetFormat.ValueType  # 0
 """To be recognised from the first rows' field names."""
@@ -67,6 +69,110 @@ DATASET_FORMAT_QUESTION_ANSWERING: DatasetFormat.ValueType  # 6
 DATASET_FORMAT_PREFERENCE: DatasetFormat.ValueType  # 7
 """`prompt`, `chosen` and `rejected`: text or lists of messages. Preference tuning."""
 Global___DatasetFormat: _TypeAlias = DatasetFormat  # noqa: Y015
+
+class _RowErrorReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RowErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RowErrorReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROW_ERROR_REASON_UNSPECIFIED: _RowErrorReason.ValueType  # 0
+    """Never sent."""
+    ROW_ERROR_REASON_INVALID_UTF8: _RowErrorReason.ValueType  # 1
+    """Bytes that are not UTF-8."""
+    ROW_ERROR_REASON_INVALID_JSON: _RowErrorReason.ValueType  # 2
+    """A line that is not JSON, or a file that cannot be read as what its ending says."""
+    ROW_ERROR_REASON_NOT_AN_OBJECT: _RowErrorReason.ValueType  # 3
+    """JSON, but no object."""
+    ROW_ERROR_REASON_DUPLICATE_KEY: _RowErrorReason.ValueType  # 4
+    """A key that appears twice."""
+    ROW_ERROR_REASON_UNKNOWN_KEY: _RowErrorReason.ValueType  # 5
+    """A field that the format does not have."""
+    ROW_ERROR_REASON_MISSING_KEY: _RowErrorReason.ValueType  # 6
+    """A field that the format needs is not there."""
+    ROW_ERROR_REASON_WRONG_TYPE: _RowErrorReason.ValueType  # 7
+    """A value of another type than the format has."""
+    ROW_ERROR_REASON_FORBIDDEN_CHARACTER: _RowErrorReason.ValueType  # 8
+    """NUL or a lone surrogate."""
+    ROW_ERROR_REASON_EMPTY_TEXT: _RowErrorReason.ValueType  # 9
+    """A text that is empty or only white space."""
+    ROW_ERROR_REASON_UNKNOWN_ROLE: _RowErrorReason.ValueType  # 10
+    """A role other than system, user, assistant and tool."""
+    ROW_ERROR_REASON_MISPLACED_ROLE: _RowErrorReason.ValueType  # 11
+    """A system message that is not the first, a last message that is not the assistant's, or nothing before it."""
+    ROW_ERROR_REASON_TOO_MANY_MESSAGES: _RowErrorReason.ValueType  # 12
+    """More than 1,000 messages in one row."""
+    ROW_ERROR_REASON_MIXED_FORMATS: _RowErrorReason.ValueType  # 13
+    """A row of another format than the rows before it."""
+    ROW_ERROR_REASON_ROW_TOO_LONG: _RowErrorReason.ValueType  # 14
+    """A row of more than 1 MiB."""
+    ROW_ERROR_REASON_TOO_MANY_ROWS: _RowErrorReason.ValueType  # 15
+    """More rows than the service takes, 1,000,000 by default. Said once, of the first row too many."""
+    ROW_ERROR_REASON_NO_ROWS: _RowErrorReason.ValueType  # 16
+    """A file without rows."""
+    ROW_ERROR_REASON_TEMPLATE_REFUSED: _RowErrorReason.ValueType  # 17
+    """The chat template raised an error. Found with a base model only: by a preview or a job."""
+    ROW_ERROR_REASON_TEMPLATE_REWRITES_ANSWER: _RowErrorReason.ValueType  # 18
+    """The chat template does not leave the assistant's words as they are, so that they cannot be found in what it renders. Found with a
+    base model only.
+    """
+    ROW_ERROR_REASON_NOTHING_TO_LEARN: _RowErrorReason.ValueType  # 19
+    """No token of the row counts for the loss. Found with a base model only."""
+    ROW_ERROR_REASON_LABEL_MISMATCH: _RowErrorReason.ValueType  # 20
+    """As many labels as tokens are needed, or the label is not one of the dataset's."""
+    ROW_ERROR_REASON_ANSWER_NOT_IN_CONTEXT: _RowErrorReason.ValueType  # 21
+    """The answer does not stand in the context where answer_start says."""
+
+class RowErrorReason(_RowErrorReason, metaclass=_RowErrorReasonEnumTypeWrapper):
+    """What can be wrong with a row. New values may be added."""
+
+ROW_ERROR_REASON_UNSPECIFIED: RowErrorReason.ValueType  # 0
+"""Never sent."""
+ROW_ERROR_REASON_INVALID_UTF8: RowErrorReason.ValueType  # 1
+"""Bytes that are not UTF-8."""
+ROW_ERROR_REASON_INVALID_JSON: RowErrorReason.ValueType  # 2
+"""A line that is not JSON, or a file that cannot be read as what its ending says."""
+ROW_ERROR_REASON_NOT_AN_OBJECT: RowErrorReason.ValueType  # 3
+"""JSON, but no object."""
+ROW_ERROR_REASON_DUPLICATE_KEY: RowErrorReason.ValueType  # 4
+"""A key that appears twice."""
+ROW_ERROR_REASON_UNKNOWN_KEY: RowErrorReason.ValueType  # 5
+"""A field that the format does not have."""
+ROW_ERROR_REASON_MISSING_KEY: RowErrorReason.ValueType  # 6
+"""A field that the format needs is not there."""
+ROW_ERROR_REASON_WRONG_TYPE: RowErrorReason.ValueType  # 7
+"""A value of another type than the format has."""
+ROW_ERROR_REASON_FORBIDDEN_CHARACTER: RowErrorReason.ValueType  # 8
+"""NUL or a lone surrogate."""
+ROW_ERROR_REASON_EMPTY_TEXT: RowErrorReason.ValueType  # 9
+"""A text that is empty or only white space."""
+ROW_ERROR_REASON_UNKNOWN_ROLE: RowErrorReason.ValueType  # 10
+"""A role other than system, user, assistant and tool."""
+ROW_ERROR_REASON_MISPLACED_ROLE: RowErrorReason.ValueType  # 11
+"""A system message that is not the first, a last message that is not the assistant's, or nothing before it."""
+ROW_ERROR_REASON_TOO_MANY_MESSAGES: RowErrorReason.ValueType  # 12
+"""More than 1,000 messages in one row."""
+ROW_ERROR_REASON_MIXED_FORMATS: RowErrorReason.ValueType  # 13
+"""A row of another format than the rows before it."""
+ROW_ERROR_REASON_ROW_TOO_LONG: RowErrorReason.ValueType  # 14
+"""A row of more than 1 MiB."""
+ROW_ERROR_REASON_TOO_MANY_ROWS: RowErrorReason.ValueType  # 15
+"""More rows than the service takes, 1,000,000 by default. Said once, of the first row too many."""
+ROW_ERROR_REASON_NO_ROWS: RowErrorReason.ValueType  # 16
+"""A file without rows."""
+ROW_ERROR_REASON_TEMPLATE_REFUSED: RowErrorReason.ValueType  # 17
+"""The chat template raised an error. Found with a base model only: by a preview or a job."""
+ROW_ERROR_REASON_TEMPLATE_REWRITES_ANSWER: RowErrorReason.ValueType  # 18
+"""The chat template does not leave the assistant's words as they are, so that they cannot be found in what it renders. Found with a
+base model only.
+"""
+ROW_ERROR_REASON_NOTHING_TO_LEARN: RowErrorReason.ValueType  # 19
+"""No token of the row counts for the loss. Found with a base model only."""
+ROW_ERROR_REASON_LABEL_MISMATCH: RowErrorReason.ValueType  # 20
+"""As many labels as tokens are needed, or the label is not one of the dataset's."""
+ROW_ERROR_REASON_ANSWER_NOT_IN_CONTEXT: RowErrorReason.ValueType  # 21
+"""The answer does not stand in the context where answer_start says."""
+Global___RowErrorReason: _TypeAlias = RowErrorReason  # noqa: Y015
 
 @_typing.final
 class Dataset(_message.Message):
@@ -112,26 +218,6 @@ class Dataset(_message.Message):
     """
     STATE_FAILED: Dataset.State.ValueType  # 5
     """It could not be fetched or read at all; see error."""
-
-    @_typing.final
-    class ErrorCountsEntry(_message.Message):
-        DESCRIPTOR: _descriptor.Descriptor
-
-        KEY_FIELD_NUMBER: _builtins.int
-        VALUE_FIELD_NUMBER: _builtins.int
-        key: _builtins.str
-        value: _builtins.int
-        def __init__(
-            self,
-            *,
-            key: _builtins.str = ...,
-            value: _builtins.int = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class FieldMappingEntry(_message.Message):
@@ -240,8 +326,8 @@ class Dataset(_message.Message):
         """The first 100 errors in the order of the rows. A row may have several."""
 
     @_builtins.property
-    def error_counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
-        """How many errors there are by reason, the listed ones among them: {"missing_field": 3}."""
+    def error_counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowErrorCount]:
+        """How many errors there are for each reason that occurs, the listed ones among them."""
 
     @_builtins.property
     def field_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -281,7 +367,7 @@ class Dataset(_message.Message):
         row_count: _builtins.int = ...,
         invalid_row_count: _builtins.int = ...,
         row_errors: _abc.Iterable[Global___RowError] | None = ...,
-        error_counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        error_counts: _abc.Iterable[Global___RowErrorCount] | None = ...,
         field_names: _abc.Iterable[_builtins.str] | None = ...,
         field_mapping: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         class_labels: _abc.Iterable[_builtins.str] | None = ...,
@@ -340,7 +426,6 @@ class RowError(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SPLIT_FIELD_NUMBER: _builtins.int
-    ROW_INDEX_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     LINE_NUMBER_FIELD_NUMBER: _builtins.int
     FIELD_FIELD_NUMBER: _builtins.int
@@ -348,38 +433,59 @@ class RowError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     split: _builtins.str
     """The split."""
-    row_index: _builtins.int
-    """The row, counted from 0 within its split."""
     path: _builtins.str
     """The file, by its path in the upload."""
     line_number: _builtins.int
-    """The line of the file, counted from 1. 0: the file has no lines (parquet)."""
+    """The line of the file, counted from 1 as editors do; the row, counted from 1, of a file without lines (parquet)."""
     field: _builtins.str
     """The field, as "messages[2].role". Empty: the row as a whole."""
-    reason: _builtins.str
-    """What kind of error, as a word to count by: "invalid_json", "missing_field", "wrong_type", "empty_field", "unknown_role",
-    "wrong_role_order", "no_loss_tokens", "label_mismatch", "answer_not_in_context", "too_long".
-    """
+    reason: Global___RowErrorReason.ValueType
+    """What kind of error."""
     message: _builtins.str
     """The error in words, naming what was found and what is allowed; at most 500 characters."""
     def __init__(
         self,
         *,
         split: _builtins.str = ...,
-        row_index: _builtins.int = ...,
         path: _builtins.str = ...,
         line_number: _builtins.int = ...,
         field: _builtins.str = ...,
-        reason: _builtins.str = ...,
+        reason: Global___RowErrorReason.ValueType = ...,
         message: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "line_number", b"line_number", "message", b"message", "path", b"path", "reason", b"reason", "row_index", b"row_index", "split", b"split"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "line_number", b"line_number", "message", b"message", "path", b"path", "reason", b"reason", "split", b"split"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RowError: _TypeAlias = RowError  # noqa: Y015
+
+@_typing.final
+class RowErrorCount(_message.Message):
+    """How often one kind of error occurs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    reason: Global___RowErrorReason.ValueType
+    """What kind of error."""
+    count: _builtins.int
+    """How many there are in all splits, 1 or more."""
+    def __init__(
+        self,
+        *,
+        reason: Global___RowErrorReason.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowErrorCount: _TypeAlias = RowErrorCount  # noqa: Y015
 
 @_typing.final
 class UploadDatasetRequest(_message.Message):
@@ -679,7 +785,7 @@ class ListDatasetsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Datasets in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Datasets in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     @_builtins.property
@@ -775,7 +881,7 @@ class PreviewDatasetRequest(_message.Message):
     start_row: _builtins.int
     """First row, counted from 0. Past the end: no rows."""
     page_size: _builtins.int
-    """Rows wanted, 1 to 100. 0: 10; larger values count as 100, negative ones are INVALID_ARGUMENT."""
+    """Rows wanted, 1 to 100. 0: 10."""
     base_model: _builtins.str
     """The model whose tokenizer and chat template are used: "models/{model}", its id, or a source. Empty: fields only, no tokens."""
     max_length_tokens: _builtins.int
@@ -849,12 +955,15 @@ class PreviewRow(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     TRUNCATED_FIELD_NUMBER: _builtins.int
     ERRORS_FIELD_NUMBER: _builtins.int
+    LINE_NUMBER_FIELD_NUMBER: _builtins.int
     row_index: _builtins.int
     """The row, counted from 0 within its split."""
     rendered_text: _builtins.str
     """What the model reads, with the chat template applied. Empty without a base model, or where the row has errors."""
     truncated: _builtins.bool
     """Whether it was cut at max_length_tokens."""
+    line_number: _builtins.int
+    """Where it stands in its file, as RowError.line_number."""
     @_builtins.property
     def fields(self) -> _struct_pb2.Struct:
         """The row as it was read, after `field_mapping`."""
@@ -876,10 +985,11 @@ class PreviewRow(_message.Message):
         tokens: _abc.Iterable[Global___PreviewToken] | None = ...,
         truncated: _builtins.bool = ...,
         errors: _abc.Iterable[Global___RowError] | None = ...,
+        line_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fields", b"fields"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fields", b"fields", "rendered_text", b"rendered_text", "row_index", b"row_index", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["errors", b"errors", "fields", b"fields", "line_number", b"line_number", "rendered_text", b"rendered_text", "row_index", b"row_index", "tokens", b"tokens", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

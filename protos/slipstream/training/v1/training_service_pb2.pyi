@@ -501,9 +501,7 @@ class DatasetSelection(_message.Message):
     evaluation_split: _builtins.str
     """Split to evaluate on. Empty: "validation" where there is one; otherwise `evaluation_fraction` of the training split."""
     evaluation_fraction: _builtins.float
-    """Share of the training split that is kept for evaluation where there is no split for it: 0 (none) up to 0.5. Default 0.05, and at least
-    one row; 0 for datasets of fewer than 20 rows.
-    """
+    """Share of the training split that is kept for evaluation where there is no split for it: 0 (none) up to 0.5. Default 0.1."""
     max_train_rows: _builtins.int
     """At most so many rows to train on, drawn with the seed. Default: all."""
     skip_invalid_rows: _builtins.bool
@@ -557,7 +555,7 @@ class QloraConfig(_message.Message):
     """Type the products are computed in. Default: bfloat16 where the device has it, else float32."""
     @_builtins.property
     def lora(self) -> _lora_pb2.LoraConfig:
-        """Shape of the adapter. Default: as an empty LoraConfig; target_modules default to "all-linear"."""
+        """Shape of the adapter. Default: as an empty LoraConfig; its factors are in 32 bits whatever the base is in."""
 
     def __init__(
         self,
@@ -633,31 +631,31 @@ class Hyperparameters(_message.Message):
     epochs: _builtins.float
     """Passes over the rows, above 0 up to 1000; may be a fraction. Default 3. Ignored where max_steps is set."""
     max_steps: _builtins.int
-    """Optimizer steps, 1 to 10,000,000. Default: as epochs say."""
+    """Optimizer steps, 1 to 1,000,000. Default: as epochs say."""
     learning_rate: _builtins.float
     """Learning rate at its highest, above 0 up to 1. Default 2e-4 for lora and qlora, 2e-5 for full."""
     batch_size: _builtins.int
-    """Rows in one forward pass of one process, 1 to 4096. Default 4."""
+    """Rows in one forward pass of one process, 1 to 1024. Default 8."""
     gradient_accumulation_steps: _builtins.int
-    """Forward passes for one optimizer step, 1 to 4096. Default 1."""
+    """Forward passes for one optimizer step, 1 to 1024. Default 1."""
     max_length_tokens: _builtins.int
     """Rows are cut at this many tokens, 8 up to the model's context. Default: the smaller of 1024 and the model's context."""
     warmup_steps: _builtins.int
-    """Steps over which the learning rate rises from 0: 0 (default) or more. With warmup_fraction it is INVALID_ARGUMENT."""
+    """Steps over which the learning rate rises from 0: 0 (default) to 1,000,000. With warmup_fraction it is INVALID_ARGUMENT."""
     warmup_fraction: _builtins.float
-    """The same as a share of all steps, 0 (default) up to, not including, 1."""
+    """The same as a share of all steps, 0 (default) to 1."""
     scheduler: Global___LearningRateScheduler.ValueType
     """How the learning rate moves."""
     weight_decay: _builtins.float
     """Decoupled weight decay of AdamW, 0 (default) to 1; not applied to biases and norms."""
     max_gradient_norm: _builtins.float
-    """Gradients are scaled down to this norm, above 0. 0 switches that off. Default 1."""
+    """Gradients are scaled down to this norm, above 0 up to 1,000,000. Default 1."""
     adam_beta1: _builtins.float
     """First-moment decay of AdamW, 0 up to, not including, 1. Default 0.9."""
     adam_beta2: _builtins.float
     """Second-moment decay of AdamW, 0 up to, not including, 1. Default 0.999."""
     seed: _builtins.int
-    """Seed of initialisation, shuffling and dropout, 0 to 2^32-1. Default 42."""
+    """Seed of initialisation, shuffling and dropout, 0 to 2^32-1. Default 0."""
     data_type: _precision_pb2.DataType.ValueType
     """Type of the computation. Default: bfloat16 where the device multiplies it natively, else float32. FLOAT16 needs an accelerator."""
     activation_checkpointing: _builtins.bool
@@ -665,7 +663,7 @@ class Hyperparameters(_message.Message):
     packing: _builtins.bool
     """Several short rows in one sequence of max_length_tokens, with attention kept apart. Default false. CAUSAL_LM only."""
     logging_steps: _builtins.int
-    """Steps between two metric events, 1 to 10,000. Default 10."""
+    """Steps between two metric events, 1 to 100,000. Default 5."""
     dpo_beta: _builtins.float
     """How much the reference model counts in preference tuning, above 0. Default 0.1. PREFERENCE only."""
     def __init__(
@@ -761,9 +759,9 @@ class EvaluationOptions(_message.Message):
     BEST_METRIC_FIELD_NUMBER: _builtins.int
     EARLY_STOPPING_PATIENCE_FIELD_NUMBER: _builtins.int
     interval_steps: _builtins.int
-    """Steps between two evaluations, 1 or more. 0: only at the end. Default: after every epoch."""
+    """Steps between two evaluations, 1 to 1,000,000. Default: none between the one before the first step and the one after the last."""
     batch_size: _builtins.int
-    """Rows in one forward pass of one process, 1 to 4096. Default: as in training."""
+    """Rows in one forward pass of one process, 1 to 1024. Default: as in training."""
     max_rows: _builtins.int
     """At most so many rows, 1 or more. Default: all."""
     before_training: _builtins.bool
@@ -828,7 +826,7 @@ class CheckpointOptions(_message.Message):
     INTERVAL_STEPS_FIELD_NUMBER: _builtins.int
     MAX_KEPT_FIELD_NUMBER: _builtins.int
     interval_steps: _builtins.int
-    """Steps between two checkpoints, 1 or more. 0: none in between. Default: after every epoch."""
+    """Steps between two checkpoints, 1 to 1,000,000. Default 100. The last step is always kept."""
     max_kept: _builtins.int
     """How many are kept, 1 to 100; the oldest go first, the best one stays. Default 2."""
     def __init__(
@@ -1103,6 +1101,10 @@ class TrainingResult(_message.Message):
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     DATASET_DIGEST_FIELD_NUMBER: _builtins.int
     BASE_MODEL_REVISION_FIELD_NUMBER: _builtins.int
+    TRAIN_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    EVALUATION_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    TRAINABLE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
     """The version that was registered: "adapters/{adapter}/versions/{version}". Empty: none."""
     model: _builtins.str
@@ -1119,6 +1121,14 @@ class TrainingResult(_message.Message):
     """Digest of the rows as they were trained on."""
     base_model_revision: _builtins.str
     """Commit of the base model. Empty for sources without revisions."""
+    train_row_count: _builtins.int
+    """Rows that were trained on. 0 for evaluations."""
+    evaluation_row_count: _builtins.int
+    """Rows that were kept out of training and evaluated on."""
+    truncated_row_count: _builtins.int
+    """Rows that were cut at max_length_tokens, of either kind."""
+    trainable_parameter_count: _builtins.int
+    """Parameters that were trained. 0 for evaluations."""
     @_builtins.property
     def alias(self) -> Global___AliasOutcome:
         """What became of the alias. Unset: none was asked for."""
@@ -1150,10 +1160,14 @@ class TrainingResult(_message.Message):
         checkpoint: _builtins.str = ...,
         dataset_digest: _builtins.str = ...,
         base_model_revision: _builtins.str = ...,
+        train_row_count: _builtins.int = ...,
+        evaluation_row_count: _builtins.int = ...,
+        truncated_row_count: _builtins.int = ...,
+        trainable_parameter_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "alias", b"alias", "run_duration", b"run_duration", "train_loss", b"train_loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_version", b"adapter_version", "alias", b"alias", "base_model_revision", b"base_model_revision", "baseline_metrics", b"baseline_metrics", "checkpoint", b"checkpoint", "dataset_digest", b"dataset_digest", "metrics", b"metrics", "model", b"model", "run_duration", b"run_duration", "step_count", b"step_count", "train_loss", b"train_loss", "trained_token_count", b"trained_token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss", "adapter_version", b"adapter_version", "alias", b"alias", "base_model_revision", b"base_model_revision", "baseline_metrics", b"baseline_metrics", "checkpoint", b"checkpoint", "dataset_digest", b"dataset_digest", "evaluation_row_count", b"evaluation_row_count", "metrics", b"metrics", "model", b"model", "run_duration", b"run_duration", "step_count", b"step_count", "train_loss", b"train_loss", "train_row_count", b"train_row_count", "trainable_parameter_count", b"trainable_parameter_count", "trained_token_count", b"trained_token_count", "truncated_row_count", b"truncated_row_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__train_loss: _TypeAlias = _typing.Literal["train_loss"]  # noqa: Y015
     _WhichOneofArgType__train_loss: _TypeAlias = _typing.Literal["_train_loss", b"_train_loss"]  # noqa: Y015
@@ -1723,6 +1737,10 @@ class AttemptStarted(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     TRAINABLE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    TRAIN_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    EVALUATION_ROW_COUNT_FIELD_NUMBER: _builtins.int
+    DATA_TYPE_FIELD_NUMBER: _builtins.int
     resumed_step: _builtins.int
     """Step it goes on from. 0: from the beginning."""
     process_count: _builtins.int
@@ -1731,6 +1749,14 @@ class AttemptStarted(_message.Message):
     """Parameters that are trained."""
     parameter_count: _builtins.int
     """Parameters there are."""
+    total_steps: _builtins.int
+    """Optimizer steps there will be. 0 for evaluations."""
+    train_row_count: _builtins.int
+    """Rows it trains on. 0 for evaluations."""
+    evaluation_row_count: _builtins.int
+    """Rows it evaluates on."""
+    data_type: _precision_pb2.DataType.ValueType
+    """Type of the computation."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Devices it runs on: "cpu", "cuda:0"."""
@@ -1743,10 +1769,14 @@ class AttemptStarted(_message.Message):
         devices: _abc.Iterable[_builtins.str] | None = ...,
         trainable_parameter_count: _builtins.int = ...,
         parameter_count: _builtins.int = ...,
+        total_steps: _builtins.int = ...,
+        train_row_count: _builtins.int = ...,
+        evaluation_row_count: _builtins.int = ...,
+        data_type: _precision_pb2.DataType.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "parameter_count", b"parameter_count", "process_count", b"process_count", "resumed_step", b"resumed_step", "trainable_parameter_count", b"trainable_parameter_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "devices", b"devices", "evaluation_row_count", b"evaluation_row_count", "parameter_count", b"parameter_count", "process_count", b"process_count", "resumed_step", b"resumed_step", "total_steps", b"total_steps", "train_row_count", b"train_row_count", "trainable_parameter_count", b"trainable_parameter_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1889,7 +1919,7 @@ class ListTrainingJobsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """Jobs in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Jobs in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     @_builtins.property
@@ -2053,7 +2083,7 @@ class ListCheckpointsRequest(_message.Message):
     parent: _builtins.str
     """"trainingJobs/{job}" or the bare id. Required."""
     page_size: _builtins.int
-    """Checkpoints in a page, 1 to 1000. 0: 50; larger values count as 1000, negative ones are INVALID_ARGUMENT."""
+    """Checkpoints in a page, 1 to 1000. 0: 50."""
     page_token: _builtins.str
     """next_page_token of the page before, with the other fields unchanged. Empty: the first page."""
     def __init__(
@@ -2291,7 +2321,7 @@ class EvaluationSpec(_message.Message):
     split: _builtins.str
     """The split. Empty: "test", else "validation", else the only one."""
     batch_size: _builtins.int
-    """Rows in one forward pass, 1 to 4096. Default 8."""
+    """Rows in one forward pass, 1 to 1024. Default 8."""
     max_rows: _builtins.int
     """At most so many rows, 1 or more. Default: all."""
     max_length_tokens: _builtins.int

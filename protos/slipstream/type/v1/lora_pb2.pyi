@@ -62,9 +62,9 @@ class LoraConfig(_message.Message):
     USE_RSLORA_FIELD_NUMBER: _builtins.int
     USE_DORA_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
-    """Inner dimension of the two factors, 1 to 1024 and no more than the service's largest rank. Default 16."""
+    """Inner dimension of the two factors, 1 to 1024 and no more than the service's largest rank. Default 8."""
     alpha: _builtins.float
-    """Numerator of the scale alpha/rank by which the update is multiplied; greater than 0. Default: twice the rank."""
+    """Numerator of the scale alpha/rank by which the update is multiplied; greater than 0, at most 65536. Default: twice the rank."""
     dropout: _builtins.float
     """Share of the adapter's inputs dropped while training, 0 (default) up to, not including, 1."""
     bias: Global___LoraBias.ValueType
@@ -76,8 +76,8 @@ class LoraConfig(_message.Message):
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the linear modules that get an adapter, by the last part of their path ("q_proj"), or the one word
-        "all-linear". Empty: the architecture's attention projections as PEFT lists them. An unknown name is
-        INVALID_ARGUMENT and the message lists the names there are.
+        "all-linear", which is what an empty list means for a training. An unknown name is INVALID_ARGUMENT and the message lists the
+        names there are.
         """
 
     @_builtins.property
