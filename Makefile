@@ -3,7 +3,9 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || echo python3)
+# The first that really runs and is new enough (a version manager's shim may be on the PATH and not run).
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.slipstream-setup
@@ -22,6 +24,7 @@ help: ## list the targets
 setup: $(STAMP) ## make .venv and install everything into it (again only when pyproject.toml changed)
 
 $(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed (PYTHON=/path/to/it make setup)" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "[1/3] virtual environment ($(PYTHON))"; "$(PYTHON)" -m venv $(VENV); }
 	@echo "[2/3] torch"
 	@$(PIP) install --progress-bar on --no-compile '$(TORCH)'
