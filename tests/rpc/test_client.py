@@ -23,7 +23,7 @@ from slipstream_client import (
     Usage,
 )
 from slipstream_client.settings import SERVICES
-from unit.client.fake_services import MODEL, Failure, FakeServices, serving
+from unit.client.fake_services import MODEL, Failure, FakeServices, serving, settings_for
 
 UNAVAILABLE = Failure(code=grpc.StatusCode.UNAVAILABLE, reason="MODEL_NOT_READY")
 
@@ -106,7 +106,7 @@ async def test_no_retry_of_what_can_never_succeed(client, fake):
     fake.failures.append(
         Failure(code=grpc.StatusCode.INVALID_ARGUMENT, reason="INVALID_FIELD", violations=[("sampling.top_p", "is 7")])
     )
-    with pytest.raises(InvalidRequestError, match="sampling.top_p: is 7"):
+    with pytest.raises(InvalidRequestError, match=r"sampling\.top_p: is 7"):
         await client.generate("Hi")
     assert len(fake.seen) == 1
 

@@ -42,9 +42,8 @@ def test_every_field_of_the_contract_has_its_argument():
 def test_everything_at_once():
     request = generate(
         model="m", adapter="support@live", temperature=0.7, top_k=5, logit_bias={3: -1.5}, stop="END",
-        stop_token_ids=[9], max_new_tokens=4, ignore_eos=True, num_return_sequences=2, logprobs=3, echo=True, num_beams=4,
-        length_penalty=0.5,
-        priority="high", json_schema={"type": "object"}, add_special_tokens=False,
+        stop_token_ids=[9], max_new_tokens=4, ignore_eos=True, num_return_sequences=2, logprobs=3, echo=True,
+        num_beams=4, length_penalty=0.5, priority="high", json_schema={"type": "object"}, add_special_tokens=False,
     )  # fmt: skip
     assert (request.model, request.adapter) == ("m", "support@live")
     assert (request.sampling.temperature, request.sampling.top_k, dict(request.sampling.logit_bias)) == (
