@@ -1509,7 +1509,7 @@ class MetricsLogged(_message.Message):
     epoch: _builtins.float
     """Passes over the rows done, as a fraction."""
     loss: _builtins.float
-    """Mean training loss of these steps."""
+    """Mean training loss of these steps, in nats. Unset: it was not finite."""
     learning_rate: _builtins.float
     """Learning rate of the last of them."""
     gradient_norm: _builtins.float
@@ -1527,20 +1527,25 @@ class MetricsLogged(_message.Message):
         *,
         step: _builtins.int = ...,
         epoch: _builtins.float = ...,
-        loss: _builtins.float = ...,
+        loss: _builtins.float | None = ...,
         learning_rate: _builtins.float = ...,
         gradient_norm: _builtins.float | None = ...,
         tokens_per_second: _builtins.float = ...,
         peak_memory_bytes: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "gradient_norm", b"gradient_norm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "gradient_norm", b"gradient_norm", "loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "metrics", b"metrics", "peak_memory_bytes", b"peak_memory_bytes", "step", b"step", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "epoch", b"epoch", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "loss", b"loss", "metrics", b"metrics", "peak_memory_bytes", b"peak_memory_bytes", "step", b"step", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gradient_norm: _TypeAlias = _typing.Literal["gradient_norm"]  # noqa: Y015
     _WhichOneofArgType__gradient_norm: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm"]  # noqa: Y015
+    _WhichOneofReturnType__loss: _TypeAlias = _typing.Literal["loss"]  # noqa: Y015
+    _WhichOneofArgType__loss: _TypeAlias = _typing.Literal["_loss", b"_loss"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_norm) -> _WhichOneofReturnType__gradient_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__loss) -> _WhichOneofReturnType__loss | None: ...
 
 Global___MetricsLogged: _TypeAlias = MetricsLogged  # noqa: Y015
 
@@ -1612,7 +1617,7 @@ class EvaluationCompleted(_message.Message):
     """Whether its figure is the best so far."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Figures by name, "eval_loss" always among them for trainings."""
+        """Figures by name, "eval_loss" (in nats) always among them for trainings. One that is not finite is left out."""
 
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
