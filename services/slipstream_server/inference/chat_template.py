@@ -1,0 +1,322 @@
+"""Chat templates: messages to the text a model was trained on, exactly as transformers' apply_chat_template renders them.
+
+A template is a program that came with a model, so it runs in Jinja's immutable sandbox and under bounds: loop turns, calls of macros, time, length of any
+text it builds, length of the output. Every loop and macro body gets a tick compiled into it; that, not the output, is what stops a loop that prints nothing.
+
+Blocks for at most ``RenderLimits.seconds``; called on the tokenizing threads. Knows nothing of tokens ids or requests.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from slipstream_server.errors import InvalidField, ModelLoadFailed
+from slipstream_server.models.folder import read_json_if_present
+
+MAX_TEMPLATE_BYTES = 1024 * 1024
+RESERVED_PARAMETERS = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"}
+)
+
+_CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+_WIDE_FORMAT = re.compile(r"\d{6}|\*")
+_WIDTH_FILTERS = ("center", "indent", "wordwrap", "batch", "slice", "round", "truncate")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderLimits:
+    """What one rendering may use."""
+
+    steps: int = 500_000
+    seconds: float = 2.0
+    output_chars: int = 4 * 1024 * 1024
+
+
+class TemplateLimitExceeded(Exception):
+    """The template ran over one of its bounds."""
+
+
+class TemplateRefused(jinja2.TemplateError):
+    """The template itself refuses the messages, with ``raise_exception``."""
+
+
+class ChatTemplate:
+    """The template (or templates) of one model, compiled."""
+
+    def __init__(self, sources: Mapping[str, str], limits: RenderLimits | None = None) -> None:
+        self._environment = _Environment(limits or RenderLimits())
+        try:
+            self._templates = {name: self._environment.from_string(source) for name, source in sources.items()}
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise ModelLoadFailed(f"the chat template does not compile: {str(error)[:200]}") from error
+        self._sources = dict(sources)
+
+    @classmethod
+    def load(cls, folder: Path, limits: RenderLimits | None = None) -> ChatTemplate | None:
+        """The chat template of a prepared model folder; None where it has none."""
+        sources = _template_sources(folder)
+        return cls(sources, limits) if sources else None
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        special_tokens: Mapping[str, str],
+        parameters: Mapping[str, Any],
+        continue_final_message: bool = False,
+    ) -> str:
+        """The rendered chat, ending in a generation prompt, or in the last message's text where that is to be continued.
+
+        Raises InvalidField when the template refuses the messages, fails on them, or runs over its bounds.
+        """
+        name = "tool_use" if tools and "tool_use" in self._templates else "default"
+        if name not in self._templates:
+            raise InvalidField.of("chat", f"the model has only templates named {', '.join(sorted(self._templates))}")
+        copies = [dict(message) for message in messages]
+        if continue_final_message:
+            copies[-1]["content"] = copies[-1].get("content", "") + _CONTINUE_MARK
+        variables = {
+            **special_tokens,
+            **parameters,
+            "messages": copies,
+            "tools": [dict(tool) for tool in tools] or None,
+            "documents": None,
+            "add_generation_prompt": not continue_final_message,
+        }
+        rendered = self._run(name, variables)
+        if continue_final_message:
+            return _cut_at_mark(rendered, str(messages[-1].get("content", "")))
+        return rendered
+
+    def _run(self, name: str, variables: Mapping[str, Any]) -> str:
+        try:
+            return self._environment.run(self._templates[name], variables)
+        except TemplateRefused as error:
+            raise InvalidField.of("chat.messages", f"the model's template refuses them: {str(error)[:500]}") from error
+        except TemplateLimitExceeded as error:
+            raise InvalidField.of("chat", f"the model's template ran over its bounds: {error}") from error
+        except Exception as error:  # templates raise whatever Python raises on their operations
+            text = f"the model's template fails on them: {type(error).__name__}: {str(error)[:200]}"
+            raise InvalidField.of("chat.messages", text) from error
+
+
+def _cut_at_mark(rendered: str, final: str) -> str:
+    mark = _CONTINUE_MARK.strip()
+    if mark not in rendered or final.strip() not in rendered:
+        raise InvalidField.of(
+            "chat.continue_final_message", "the model's template leaves parts of the last message out"
+        )
+    position = rendered.rindex(mark)
+    kept = rendered[:position]
+    # A template that trims messages has eaten the mark's own trailing space; the text before it is trimmed alike.
+    return kept if rendered.startswith(_CONTINUE_MARK, position) else kept.rstrip()
+
+
+def _template_sources(folder: Path) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    config = read_json_if_present(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(config, str):
+        sources["default"] = config
+    elif isinstance(config, list):
+        sources |= {str(item["name"]): str(item["template"]) for item in config if isinstance(item, dict)}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    for name, path in files.items():
+        if path.is_file():
+            if path.stat().st_size > MAX_TEMPLATE_BYTES:
+                raise ModelLoadFailed(f"{path.name}: longer than {MAX_TEMPLATE_BYTES} bytes")
+            sources[name] = path.read_text(encoding="utf-8")
+    return sources
+
+
+class _Budget(threading.local):
+    """What is left of the running rendering, by thread."""
+
+    steps_left = 0
+    ends_s = 0.0
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Jinja's immutable sandbox with ticks in every loop and macro, and bounds on the texts that operations make."""
+
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
+
+    def __init__(self, limits: RenderLimits) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols])
+        self._limits = limits
+        self._budget = _Budget()
+        self.filters["tojson"] = _tojson
+        self.filters["format"] = self._format
+        for name in _WIDTH_FILTERS:
+            self.filters[name] = self._bounded(self.filters[name])
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = _strftime_now
+        self.globals["namespace"] = _Namespace
+        self.globals.pop("lipsum", None)
+
+    def run(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+        self._budget.steps_left = self._limits.steps
+        self._budget.ends_s = time.monotonic() + self._limits.seconds
+        parts, length = [], 0
+        for part in template.generate(**variables):
+            length += len(part)
+            self._check_length(length)
+            parts.append(part)
+        return "".join(parts)
+
+    def tick(self) -> str:
+        """One turn of a loop or one call; compiled into every body."""
+        self._budget.steps_left -= 1
+        if self._budget.steps_left < 0:
+            raise TemplateLimitExceeded(f"more than {self._limits.steps} loop turns and calls")
+        if self._budget.steps_left % 64 == 0 and time.monotonic() > self._budget.ends_s:
+            raise TemplateLimitExceeded(f"more than {self._limits.seconds} seconds")
+        return ""
+
+    def concat(self, *values: object) -> str:
+        """The ``~`` operator."""
+        text = "".join(map(str, values))
+        self._check_length(len(text))
+        return text
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        template = super()._parse(source, name, filename)
+        for body_owner in template.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            tick = nodes.ExprStmt(_call("tick", []), lineno=body_owner.lineno)
+            body_owner.body.insert(0, tick)  # type: ignore[attr-defined]
+        _replace_concat(template)
+        template.set_environment(self)
+        return template
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            self._check_repeat(left, right)
+            self._check_repeat(right, left)
+        elif operator == "**" and (abs(left) > 10**6 or abs(right) > 64):
+            raise TemplateLimitExceeded("a power too large")
+        elif operator == "%" and isinstance(left, str):
+            self._check_format(left)
+        elif operator == "+" and isinstance(left, str | list | tuple):
+            self._check_length(len(left) + len(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(getattr(function, "__self__", None), str):
+            self._check_text_method(args)
+        result = super().call(context, function, *args, **kwargs)
+        if isinstance(result, str):
+            self._check_length(len(result))
+        return result
+
+    def _check_text_method(self, args: Sequence[Any]) -> None:
+        """``'a'.ljust(10**9)`` and ``text.replace('', text)``: refused before the text is made."""
+        sizes = [abs(arg) for arg in args if isinstance(arg, int)]
+        self._check_length(max(sizes, default=0))
+        if any(isinstance(arg, str) and len(arg) > 4096 for arg in args):
+            self._budget.steps_left -= 1000
+            self.tick()
+
+    def _check_repeat(self, value: Any, times: Any) -> None:
+        if isinstance(value, str | list | tuple | bytes) and isinstance(times, int):
+            self._check_length(len(value) * max(times, 0))
+        elif isinstance(value, int) and abs(value) > 2**512:
+            raise TemplateLimitExceeded("a number too large")
+
+    def _check_format(self, pattern: str) -> None:
+        if _WIDE_FORMAT.search(pattern):
+            raise TemplateLimitExceeded("a format too wide")
+
+    def _check_length(self, length: int) -> None:
+        if length > self._limits.output_chars:
+            raise TemplateLimitExceeded(f"a text of more than {self._limits.output_chars} characters")
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            self._check_format(str(value.__self__))
+        return wrapped
+
+    def _format(self, value: object, *args: Any, **kwargs: Any) -> str:
+        pattern = str(value)
+        self._check_format(pattern)
+        return pattern % (kwargs or args)
+
+    def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose numbers are bounded; it keeps the marks by which Jinja passes the environment."""
+
+        def bounded(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, int) and abs(value) > 100_000:
+                    raise TemplateLimitExceeded("a width too large")
+            return function(*args, **kwargs)
+
+        bounded.__dict__.update(function.__dict__)
+        return bounded
+
+
+class _GenerationTag(Extension):
+    """``{% generation %}``: marks the assistant's words for training; renders as its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """``namespace()`` without underscore attributes, as transformers restricts it."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise SecurityError(f"a namespace cannot hold {name!r}")
+        super().__setitem__(name, value)
+
+
+def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
+
+
+def _replace_concat(template: nodes.Template) -> None:
+    """``a ~ b`` becomes a call of ``concat``: Jinja offers no other way to see it."""
+    pending: list[nodes.Node] = [template]
+    while pending:
+        node = pending.pop()
+        for field, value in node.iter_fields():
+            if isinstance(value, nodes.Concat):
+                setattr(node, field, _call("concat", value.nodes).set_lineno(value.lineno, override=False))
+            elif isinstance(value, list):
+                value[:] = [_call("concat", x.nodes) if isinstance(x, nodes.Concat) else x for x in value]
+        pending.extend(node.iter_child_nodes())
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise TemplateRefused(str(message))
+
+
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON without the HTML escapes of Jinja's own filter."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

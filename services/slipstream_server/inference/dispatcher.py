@@ -1,0 +1,194 @@
+"""Who is where: requests in the queue, requests in the worker, and what happens to each when the worker dies.
+
+    queue ──(credit)──> in flight ──> terminal event
+      ^                    │
+      └──(worker died, no token yet, first time)
+
+A request is in at most one of the two; it leaves by exactly one call of ``finished``, ``fail`` or ``withdraw``. About ``max_rows`` rows are in flight, so that the
+worker never lacks work and the order of the rest stays the queue's to decide. Requests that have seen a worker die are dispatched one at a time, each
+when the one before has its first token: a poisoned request takes nobody without a token along when it kills the next worker.
+
+Synchronous code on the event loop. Knows nothing of text, processes or restarts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from slipstream_server.errors import DeadlineExceeded, InternalError, SlipstreamError, WorkerDied
+from slipstream_server.inference.admission import AdmissionLimits, AdmissionQueue
+from slipstream_server.inference.calls import Priority
+from slipstream_server.inference.generation import (
+    Admitted, Cancel, Command, EndSequence, Event, Failed, Finished, GenerationRequest, PromptLogprobs, Submit, Tokens,
+)  # fmt: skip
+from slipstream_server.inference.worker_errors import error_of
+
+_log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2
+
+
+class RequestSink(Protocol):
+    """Where the events of one request go. After ``finished`` or ``fail`` nothing more comes."""
+
+    def admitted(self, event: Admitted) -> None: ...
+    def tokens(self, event: Tokens) -> bool:
+        """True where a stop string ended the sequence, so that the worker is to end it too."""
+
+    def prompt_logprobs(self, event: PromptLogprobs) -> None: ...
+    def finished(self) -> None: ...
+    def fail(self, error: SlipstreamError) -> None: ...
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket:
+    """A request on its way. ``num_deaths`` counts workers that died with it, ``has_tokens`` says that it cannot start over."""
+
+    request: GenerationRequest
+    sink: RequestSink
+    arrival_s: float = field(default_factory=time.monotonic)
+    num_deaths: int = 0
+    has_tokens: bool = False
+
+    @property
+    def id(self) -> int:
+        return self.request.id
+
+    @property
+    def priority(self) -> Priority:
+        return Priority(self.request.priority)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        return max(self.request.num_return_sequences, self.request.beams.num_beams)
+
+
+class Dispatcher:
+    """The requests of one model."""
+
+    def __init__(self, *, limits: AdmissionLimits, max_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.queue = AdmissionQueue[Ticket](limits, clock)
+        self._max_rows = max_rows
+        self._in_flight: dict[int, Ticket] = {}
+        self._num_rows = 0
+        self._suspect: Ticket | None = None
+        self._send: Callable[[Command], None] | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def submit(self, ticket: Ticket) -> None:
+        """Take a request; raises QueueFull."""
+        self.queue.put(ticket)
+        self._pump()
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """The request is not wanted any more; its sink hears nothing."""
+        if not self.queue.remove(ticket) and self._leave(ticket) and self._send is not None:
+            self._send(Cancel(ticket.id))
+        self._pump()
+
+    def expire(self, ticket: Ticket) -> None:
+        """The request's deadline has passed."""
+        self.withdraw(ticket)
+        ticket.sink.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
+
+    def connect(self, send: Callable[[Command], None]) -> None:
+        """A worker is ready; ``send`` never blocks."""
+        self._send = send
+        self._pump()
+
+    def disconnect(self) -> None:
+        """The worker is gone: what had begun fails, the rest is queued again, first in its old order."""
+        self._send = None
+        victims = list(self._in_flight.values())
+        for ticket in reversed(victims):
+            self._leave(ticket)
+            ticket.num_deaths += 1
+            if ticket.has_tokens:
+                ticket.sink.fail(WorkerDied("the model's worker died in the middle of the answer", retry_after_s=1.0))
+            elif ticket.num_deaths >= MAX_DEATHS:
+                ticket.sink.fail(WorkerDied(f"{ticket.num_deaths} workers died while they held this request"))
+            else:
+                self.queue.put_back(ticket)
+
+    def fail_all(self, error: SlipstreamError) -> None:
+        """End every request there is."""
+        self._send = None
+        for ticket in [*self._in_flight.values(), *self.queue]:
+            self.queue.remove(ticket)
+            self._leave(ticket)
+            ticket.sink.fail(error)
+
+    def handle(self, event: Event) -> None:
+        """Pass one event of the worker on; events of requests that have left are ignored."""
+        if not isinstance(event, Admitted | PromptLogprobs | Tokens | Finished | Failed):
+            return
+        ticket = self._in_flight.get(event.id)
+        if ticket is None:
+            return
+        try:
+            self._pass_on(ticket, event)
+        except Exception:
+            log_id = uuid.uuid4().hex[:12]
+            _log.exception("request failed in the front, log id %s", log_id)
+            self.withdraw(ticket)
+            ticket.sink.fail(InternalError(f"internal error {log_id}"))
+
+    def _pass_on(self, ticket: Ticket, event: Admitted | PromptLogprobs | Tokens | Finished | Failed) -> None:
+        match event:
+            case Admitted():
+                ticket.sink.admitted(event)
+            case PromptLogprobs():
+                ticket.sink.prompt_logprobs(event)
+            case Tokens():
+                self._clear(ticket)
+                ticket.has_tokens = True
+                if ticket.sink.tokens(event) and self._send is not None:
+                    self._send(EndSequence(event.id, event.index))
+            case Finished():
+                self._leave(ticket)
+                ticket.sink.finished()
+            case Failed():
+                self._leave(ticket)
+                ticket.sink.fail(error_of(event.reason, event.message))
+        self._pump()
+
+    def _pump(self) -> None:
+        while self._send is not None and self._suspect is None and (ticket := self.queue.peek()) is not None:
+            if self._in_flight and self._num_rows + ticket.num_rows > self._max_rows:
+                return
+            self.queue.take(ticket)
+            self._in_flight[ticket.id] = ticket
+            self._num_rows += ticket.num_rows
+            if ticket.num_deaths:
+                self._suspect = ticket
+            self._send(Submit(ticket.request))
+
+    def _leave(self, ticket: Ticket) -> bool:
+        self._clear(ticket)
+        if self._in_flight.pop(ticket.id, None) is None:
+            return False
+        self._num_rows -= ticket.num_rows
+        return True
+
+    def _clear(self, ticket: Ticket) -> None:
+        if self._suspect is ticket:
+            self._suspect = None
+
+    def check_integrity(self) -> None:
+        """For tests and idle moments: the books agree."""
+        assert self._num_rows == sum(ticket.num_rows for ticket in self._in_flight.values())
+        assert self.queue.num_prompt_tokens == sum(ticket.num_prompt_tokens for ticket in self.queue)
+        assert not {ticket.id for ticket in self.queue} & self._in_flight.keys()
+        assert self._suspect is None or self._suspect.id in self._in_flight

@@ -1,0 +1,378 @@
+"""The inference front: models by name, requests in, streams out. What ``rpc/`` talks to.
+
+    open(call) -> resolve model -> tokenize -> resolve fields -> dispatcher -> worker -> GenerationStream
+
+Lives on one event loop, between ``start`` and ``close``. Every long task is held by one TaskGroup; the first that dies unforeseen stops the front, and
+``wait_stopped`` raises its error, so that the service ends loudly instead of limping. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from slipstream_server.errors import (
+    DeadlineExceeded, Draining, ModelNotFound, ResourceExists, SlipstreamError, Unavailable, UnsupportedField,
+)  # fmt: skip
+from slipstream_server.inference.admission import AdmissionLimits
+from slipstream_server.inference.calls import GenerateCall, Prompt, StartedEvent
+from slipstream_server.inference.dispatcher import Dispatcher
+from slipstream_server.inference.generation import AdapterPin
+from slipstream_server.inference.metrics import InferenceMetrics, ModelMetrics
+from slipstream_server.inference.prompts import PromptEncoder
+from slipstream_server.inference.resolve import ResolveLimits, check_call, resolve
+from slipstream_server.inference.streams import GenerationStream
+from slipstream_server.inference.supervisor import ModelState, ModelStatus, RestartPolicy, WorkerSupervisor, not_ready
+from slipstream_server.inference.tokenizer import TokenSpan
+from slipstream_server.inference.worker_config import WorkerConfig, worker_command
+from slipstream_server.inference.worker_process import WorkerLaunch
+from slipstream_server.models.facts import ModelFacts
+
+_log = logging.getLogger(__name__)
+
+AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
+"""Model and adapter as a request names it (empty: the model's default) to an immutable version; None is the base."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontConfig:
+    """Bounds of the front; those of ``admission`` count for each model."""
+
+    admission: AdmissionLimits = AdmissionLimits()
+    restart: RestartPolicy = RestartPolicy()
+    tokenizer_threads: int = 2
+    write_timeout_s: float = 60.0
+    drain_retry_after_s: float = 5.0
+    default_model: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlan:
+    """A model to serve: its prepared folder (for the tokenizer), its facts, and how its worker is to run it.
+
+    ``launch`` replaces the command that ``worker`` stands for. ``max_context_tokens`` bounds the context below the model's own.
+    """
+
+    name: str
+    folder: Path
+    facts: ModelFacts
+    worker: WorkerConfig
+    launch: WorkerLaunch | None = None
+    max_context_tokens: int | None = None
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _ServedModel:
+    plan: ModelPlan
+    limits: ResolveLimits
+    metrics: ModelMetrics
+    dispatcher: Dispatcher
+    supervisor: WorkerSupervisor
+    encoder: PromptEncoder | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class InferenceFront:
+    """All models of one inference service."""
+
+    def __init__(
+        self,
+        config: FrontConfig,
+        *,
+        registry: CollectorRegistry | None = None,
+        resolve_adapter: AdapterResolver | None = None,
+    ) -> None:
+        self._config = config
+        self._resolve_adapter = resolve_adapter
+        self._metrics = InferenceMetrics(registry or CollectorRegistry())
+        self._models: dict[str, _ServedModel] = {}
+        self._streams: dict[GenerationStream, asyncio.TimerHandle | None] = {}
+        self._request_ids = itertools.count(1)
+        self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
+        self._is_draining = False
+        self._stop = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._subscribers: set[asyncio.Event] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._main: asyncio.Task[None] | None = None
+
+    # Life.
+
+    async def start(self) -> None:
+        """Begin; models can be added from here on."""
+        running = asyncio.Event()
+        self._main = asyncio.create_task(self._run(running), name="inference-front")
+        await running.wait()
+
+    async def wait_stopped(self) -> None:
+        """Returns after ``close``; raises when a task of the front has died."""
+        assert self._main is not None
+        await asyncio.shield(self._main)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse new requests, let those under way finish within ``grace_s``, end the rest with Unavailable."""
+        self._is_draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        for model in self._models.values():
+            model.dispatcher.fail_all(
+                Unavailable("the service is going down", retry_after_s=self._config.drain_retry_after_s)
+            )
+
+    async def close(self) -> None:
+        """End every stream and every worker. Idempotent."""
+        self._is_draining = True
+        self._stop.set()
+        for stream in list(self._streams):
+            stream.fail(Unavailable("the service has stopped", retry_after_s=self._config.drain_retry_after_s))
+        if self._main is not None:
+            await asyncio.gather(self._main, return_exceptions=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, running: asyncio.Event) -> None:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                sweeper = tasks.create_task(self._cut_off_slow_readers(), name="slow-readers")
+                running.set()
+                await self._stop.wait()
+                sweeper.cancel()
+                for model in self._models.values():
+                    if model.task is not None:
+                        model.task.cancel()
+        finally:
+            self._is_draining = True
+            for stream in list(self._streams):
+                stream.fail(Unavailable("the service has stopped"))
+
+    # Models.
+
+    def add_model(self, plan: ModelPlan) -> None:
+        """Serve a model from now on; it starts as LOADING. Raises ResourceExists, or InvalidField for facts that cannot be served."""
+        if plan.name in self._models:
+            raise ResourceExists(f"model {plan.name} is loaded already")
+        if self._tasks is None or self._is_draining:
+            raise Draining("the service is going down", retry_after_s=self._config.drain_retry_after_s)
+        limits = ResolveLimits.of(plan.facts, max_context_tokens=plan.max_context_tokens)
+        metrics = self._metrics.of_model(plan.name)
+        dispatcher = Dispatcher(limits=self._config.admission, max_rows=2 * plan.worker.max_batch_size)
+        supervisor = WorkerSupervisor(
+            status=ModelStatus(model=plan.name),
+            launch=plan.launch or WorkerLaunch(command=partial(worker_command, plan.worker)),
+            dispatcher=dispatcher,
+            policy=self._config.restart,
+            metrics=metrics,
+            on_change=self._notify,
+        )
+        model = _ServedModel(plan=plan, limits=limits, metrics=metrics, dispatcher=dispatcher, supervisor=supervisor)
+        self._models[plan.name] = model
+        model.task = self._tasks.create_task(self._serve(model), name=f"model-{plan.name}")
+        self._notify()
+
+    async def remove_model(self, name: str, *, grace_s: float = 0.0) -> None:
+        """Stop serving a model: no new requests, the running ones get ``grace_s``. Raises ModelNotFound."""
+        model = self._find(name)
+        model.supervisor.unloading()
+        deadline_s = time.monotonic() + grace_s
+        while self._num_streams(name) and time.monotonic() < deadline_s:
+            await asyncio.sleep(min(0.05, grace_s))
+        model.dispatcher.fail_all(Unavailable(f"model {name} was unloaded"))
+        if model.task is not None:
+            model.task.cancel()
+            await asyncio.gather(model.task, return_exceptions=True)
+        self._models.pop(name, None)
+        self._metrics.forget(name)
+        self._notify()
+
+    def models(self) -> tuple[ModelStatus, ...]:
+        """Every model as it stands, by name."""
+        return tuple(model.supervisor.status for _, model in sorted(self._models.items()))
+
+    def status(self, name: str) -> ModelStatus:
+        """One model as it stands (empty: the default one); raises ModelNotFound."""
+        return self._find(name).supervisor.status
+
+    async def subscribe(self) -> AsyncIterator[tuple[ModelStatus, ...]]:
+        """``models()`` now and after every change; changes that come while the reader is busy are one."""
+        changed = asyncio.Event()
+        self._subscribers.add(changed)
+        try:
+            while not self._stop.is_set():
+                changed.clear()
+                yield self.models()
+                await changed.wait()
+        finally:
+            self._subscribers.discard(changed)
+
+    def _notify(self) -> None:
+        for changed in self._subscribers:
+            changed.set()
+
+    async def _serve(self, model: _ServedModel) -> None:
+        """One model's task: its tokenizer, then its workers."""
+        try:
+            model.encoder = await PromptEncoder.load(model.plan.folder, self._threads)
+        except SlipstreamError as error:
+            _log.error("model %s: %s", model.plan.name, error.message)
+            model.supervisor.fail(error)
+            await asyncio.Event().wait()
+        await model.supervisor.run()
+
+    def _find(self, name: str) -> _ServedModel:
+        name = name or self._config.default_model or self._only_model()
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFound(f"no model {name[:80]!r} is loaded", metadata={"model": name[:80]})
+        return model
+
+    def _only_model(self) -> str:
+        if len(self._models) != 1:
+            raise ModelNotFound("the request names no model and the service has no default one")
+        return next(iter(self._models))
+
+    # Requests.
+
+    async def open(self, call: GenerateCall) -> GenerationStream:
+        """Validate, tokenize and queue a request. The stream must be read to its end or closed.
+
+        Raises InvalidField, UnsupportedField, PromptTooLong, WrongState, ModelNotFound, ModelNotReady, QueueFull, Draining or DeadlineExceeded.
+        """
+        model = self._ready(call.model)
+        check_call(call, model.limits)
+        arrival_s = time.monotonic()
+        assert model.encoder is not None
+        model.dispatcher.queue.reserve()
+        try:
+            prompt = await model.encoder.encode(
+                call.prompt,
+                vocab_size=model.limits.vocab_size,
+                context_tokens=model.limits.context_tokens,
+                with_text=call.response.echo,
+            )
+            adapter = await self._adapter(model.plan.name, call.adapter)
+        finally:
+            model.dispatcher.queue.release()
+        request = resolve(
+            call,
+            model.plan.facts,
+            model.limits,
+            request_id=next(self._request_ids),
+            prompt_token_ids=prompt.token_ids,
+            adapter=adapter,
+        )
+        self._ready(model.plan.name)  # it may have died, or we begun to drain, meanwhile
+        _check_deadline(call)
+        started = StartedEvent(model=model.plan.name, adapter_version=adapter.version if adapter else "")
+        stream = GenerationStream(
+            request,
+            started=started,
+            response=call.response,
+            stop=call.stopping.stop,
+            echo_text=prompt.text,
+            detokenizers=model.encoder.detokenizers,
+            observer=model.metrics,
+            on_leave=self._left,
+        )
+        stream.ticket.arrival_s = arrival_s
+        model.dispatcher.submit(stream.ticket)
+        self._hold(stream, model)
+        return stream
+
+    async def tokenize(self, model: str, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
+        """The tokens of ``text`` and the characters they cover."""
+        return await self._encoder(model).spans(text, add_special_tokens=add_special_tokens)
+
+    async def detokenize(self, model: str, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
+        """The text of ``token_ids``."""
+        vocab_size = self._find(model).limits.vocab_size
+        return await self._encoder(model).decode(
+            token_ids, vocab_size=vocab_size, skip_special_tokens=skip_special_tokens
+        )
+
+    async def count_tokens(self, model: str, prompt: Prompt) -> int:
+        """How many tokens ``open`` would make of a prompt. A text hopelessly longer than the context is PromptTooLong here too."""
+        limits = self._find(model).limits
+        encoded = await self._encoder(model).encode(
+            prompt, vocab_size=limits.vocab_size, context_tokens=limits.context_tokens
+        )
+        return len(encoded.token_ids)
+
+    def context_tokens(self, model: str) -> int:
+        """How many tokens prompt and answer may have together."""
+        return self._find(model).limits.context_tokens
+
+    def name_of(self, model: str) -> str:
+        """The name of the model that a request naming ``model`` (perhaps nothing) would reach."""
+        return self._find(model).plan.name
+
+    @property
+    def num_streams(self) -> int:
+        """Requests whose end has not been read yet."""
+        return len(self._streams)
+
+    def _num_streams(self, name: str) -> int:
+        return sum(stream.model == name for stream in self._streams)
+
+    def _ready(self, name: str) -> _ServedModel:
+        if self._is_draining:
+            raise Draining("the service is going down", retry_after_s=self._config.drain_retry_after_s)
+        model = self._find(name)
+        if model.supervisor.status.state is not ModelState.READY:
+            raise not_ready(model.supervisor.status, model.supervisor.retry_after_s)
+        return model
+
+    def _encoder(self, name: str) -> PromptEncoder:
+        """Tokenizing needs no worker: it works as soon as the tokenizer is read."""
+        model = self._find(name)
+        if model.encoder is None:
+            raise not_ready(model.supervisor.status, model.supervisor.retry_after_s)
+        return model.encoder
+
+    async def _adapter(self, model: str, adapter: str) -> AdapterPin | None:
+        if self._resolve_adapter is not None:
+            return await self._resolve_adapter(model, adapter)
+        if adapter:
+            raise UnsupportedField.of("adapter", "this service has no adapter registry")
+        return None
+
+    def _hold(self, stream: GenerationStream, model: _ServedModel) -> None:
+        deadline_s = stream.ticket.request.deadline_monotonic_s
+        loop = asyncio.get_running_loop()
+        timer = None
+        if deadline_s is not None:  # the loop's clock is CLOCK_MONOTONIC too
+            timer = loop.call_at(deadline_s, model.dispatcher.expire, stream.ticket)
+        self._streams[stream] = timer
+        self._idle.clear()
+
+    def _left(self, stream: GenerationStream) -> None:
+        timer = self._streams.pop(stream, None)
+        if timer is not None:
+            timer.cancel()
+        model = self._models.get(stream.model)
+        if model is not None:
+            model.dispatcher.withdraw(stream.ticket)
+        if not self._streams:
+            self._idle.set()
+
+    async def _cut_off_slow_readers(self) -> None:
+        while True:
+            await asyncio.sleep(min(self._config.write_timeout_s / 4, 1.0))
+            for stream in list(self._streams):
+                if stream.unread_s() > self._config.write_timeout_s:
+                    stream.cut_off()
+
+
+def _check_deadline(call: GenerateCall) -> None:
+    if call.deadline_monotonic_s is not None and call.deadline_monotonic_s <= time.monotonic():
+        raise DeadlineExceeded("the deadline passed before the request was queued")
