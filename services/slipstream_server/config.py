@@ -42,7 +42,10 @@ _SERVICE_ORDER: tuple[ServiceName, ...] = ("inference", "chat", "training", "ada
 _MIB = 1024 * 1024
 
 # Variables of that prefix that are not settings of a server.
-_OTHER_VARIABLES = frozenset({"CONFIG", "TARGET", "TOKEN", "TLS_CA", "TIMEOUT_S"})
+_OTHER_VARIABLES = frozenset(
+    {"CONFIG", "TARGET", "TOKEN", "TLS", "TLS_CA", "CA_CERT", "TIMEOUT_S", "ADDRESS"}
+    | {f"{service.upper()}_ADDRESS" for service in _SERVICE_ORDER}
+)
 _OTHER_PREFIXES = ("CLIENT_", "TEST_", "BENCH_", "DEMO_")
 # Kubernetes tells every pod of every Service in its namespace: a Service named slipstream-chat makes SLIPSTREAM_CHAT_PORT=tcp://...
 _SERVICE_LINK = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")

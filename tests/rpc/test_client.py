@@ -87,7 +87,7 @@ async def test_models_are_listed_over_all_pages(client, fake):
 
 async def test_retry_waits_as_long_as_the_server_says(client, fake):
     fake.failures.append(Failure(code=grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL", retry_after_s=0.3))
-    await client.generate("Hi")
+    await client.generate("Hi", timeout_s=5)
     first, second = fake.seen
     assert second.time_s - first.time_s >= 0.3  # far above the policy's own 0.02 s
     assert first.metadata["x-request-id"] == second.metadata["x-request-id"]

@@ -20,7 +20,8 @@ SERVICES = ("inference", "chat", "training", "adapters")
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_BASE_PORT = 50051
 DEFAULT_TIMEOUT_S = 600.0
-MAX_TOKEN_BYTES = 8192
+MAX_TOKEN_BYTES = 4096
+MAX_TOKEN_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,12 +128,18 @@ def _token(token: str | None, token_file: str | Path | None, env: Mapping[str, s
 
 
 def _read(path: str | Path, name: str) -> str:
+    """The first token of a token file as the services read it: a token a line, a name after it, ``#`` before comments."""
     try:
         with Path(path).open(encoding="ascii") as file:
-            return file.read(MAX_TOKEN_BYTES + 1)
+            lines = file.read(MAX_TOKEN_FILE_BYTES).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not ASCII text"
         raise InvalidRequestError.of(name, f"cannot read {str(path)!r}: {why}") from error
+    words = (line.split() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    token = next((word[0] for word in words), "")
+    if not token:
+        raise InvalidRequestError.of(name, f"{str(path)!r} holds no token")
+    return token
 
 
 def _checked_token(text: str, name: str) -> str:

@@ -58,7 +58,7 @@ def test_an_address_argument_beats_the_environment():
 
 def test_token_from_a_file_and_its_precedence(tmp_path):
     file = tmp_path / "token"
-    file.write_text("from-file\n")
+    file.write_text("# ours\n\nfrom-file alice\nsecond bob\n")
     env = {"SLIPSTREAM_TOKEN_FILE": str(file)}
     assert resolved(env).token == "from-file"
     assert resolved(env | {"SLIPSTREAM_TOKEN": "from-env"}).token == "from-env"
