@@ -1,0 +1,1 @@
+"""ChatService over gRPC."""

@@ -1,0 +1,1 @@
+"""InferenceService and ModelService over gRPC."""
