@@ -1,4 +1,4 @@
-"""A turn: the question is stored, answered, and the answer stored. Whatever happens in between, one of three states is left.
+"""A turn: the question is stored, answered, and the answer stored; it ends in one of three states.
 
     undone       nothing was begun to be answered (a bad request, a full queue): the turn leaves no trace
     complete     question and answer are stored when the caller hears of it
