@@ -5,6 +5,7 @@ import gc
 
 import grpc
 import pytest
+from tests.unit.client.fake_services import MODEL, Failure, FakeServices, serving, settings_for
 
 from slipstream.chat.v1 import chat_service_pb2 as chat_pb2
 from slipstream.inference.v1 import model_service_pb2 as model_pb2
@@ -23,7 +24,6 @@ from slipstream_client import (
     Usage,
 )
 from slipstream_client.settings import SERVICES
-from unit.client.fake_services import MODEL, Failure, FakeServices, serving, settings_for
 
 UNAVAILABLE = Failure(code=grpc.StatusCode.UNAVAILABLE, reason="MODEL_NOT_READY")
 

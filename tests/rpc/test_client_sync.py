@@ -4,9 +4,9 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tests.unit.client.fake_services import ServerThread, settings_for
 
 from slipstream_client import SlipstreamClientError, SyncSlipstreamClient
-from unit.client.fake_services import ServerThread, settings_for
 
 
 @pytest.fixture

@@ -128,7 +128,7 @@ def _token(token: str | None, token_file: str | Path | None, env: Mapping[str, s
 
 
 def _read(path: str | Path, name: str) -> str:
-    """The first token of a token file as the services read it: a token a line, a name after it, ``#`` before comments."""
+    """The first token of a token file as the services read it: one a line, a name after it, ``#`` before comments."""
     try:
         with Path(path).open(encoding="ascii") as file:
             lines = file.read(MAX_TOKEN_FILE_BYTES).splitlines()

@@ -3,9 +3,9 @@
 import grpc
 import pytest
 from google.rpc import error_details_pb2
+from tests.unit.client.fake_services import Failure
 
 from slipstream_client import errors
-from unit.client.fake_services import Failure
 
 
 def rpc_error(code: grpc.StatusCode, details: str = "", packed: bytes | None = None) -> grpc.aio.AioRpcError:
