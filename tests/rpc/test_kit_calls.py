@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import urllib.request
 from typing import Any
 
@@ -230,8 +231,6 @@ async def test_a_reader_that_stops_reading_loses_its_stream_and_nobody_else(asse
 
 
 async def test_a_stalled_loop_is_counted_and_logged(assert_eventually: Any, caplog: pytest.LogCaptureFixture) -> None:
-    import time
-
     def stall(_request: bytes) -> bytes:
         time.sleep(0.5)
         return b"awake"
@@ -242,7 +241,9 @@ async def test_a_stalled_loop_is_counted_and_logged(assert_eventually: Any, capl
             assert await client.unary("Call") == b"awake"
             await assert_eventually(lambda: "the event loop stood still" in caplog.text)
         assert "in stall" in caplog.text
-        assert "slipstream_event_loop_stalls_total 1.0\n" in await scrape(server.metrics_port)
+        text = await scrape(server.metrics_port)
+        counted = next(line for line in text.splitlines() if line.startswith("slipstream_event_loop_stalls_total "))
+        assert float(counted.split()[1]) >= 1  # more where the machine itself is busy
 
 
 async def test_a_burst_of_streams_is_accepted_whole() -> None:

@@ -87,7 +87,7 @@ def test_unknown_keys_are_errors_that_name_the_nearest(tmp_path: Path) -> None:
         ("common.drain_grace_s", "nan", "common.drain_grace_s (flag): 'nan' is not allowed; allowed: 0 to 86400"),
         ("common.drain_grace_s", "-1", "common.drain_grace_s (flag): '-1' is not allowed; allowed: 0 to 86400"),
         ("common.insecure_listen", "maybe", "common.insecure_listen (flag): 'maybe' is not true or false"),
-        ("common.log_format", "xml", "common.log_format (flag): 'xml' is not allowed; allowed: one of auto, json, text"),
+        ("common.log_format", "x", "common.log_format (flag): 'x' is not allowed; allowed: one of auto, json, text"),
         ("inference.memory_fraction", 1.5, "inference.memory_fraction (flag): 1.5 is not allowed; allowed: 0.01 to 1"),
         ("inference.max_batch_size", 2.5, "inference.max_batch_size (flag): 2.5 is no whole number"),
         ("inference.max_batch_size", True, "inference.max_batch_size (flag): True is no whole number"),
