@@ -36,7 +36,7 @@ RESERVED_PARAMETERS = frozenset(
 
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _WIDE_FORMAT = re.compile(r"\d{6}|\*")
-_WIDTH_FILTERS = ("center", "indent", "wordwrap", "batch", "slice", "round", "truncate")
+_MAX_FILTER_NUMBER = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,8 +164,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         self._budget = _Budget()
         self.filters["tojson"] = _tojson
         self.filters["format"] = self._format
-        for name in _WIDTH_FILTERS:
-            self.filters[name] = self._bounded(self.filters[name])
+        self.filters = {name: self._bounded(function) for name, function in self.filters.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals["namespace"] = _Namespace
@@ -190,11 +189,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateLimitExceeded(f"more than {self._limits.seconds} seconds")
         return ""
 
-    def concat(self, *values: object) -> str:
+    def join_operands(self, *values: object) -> str:
         """The ``~`` operator."""
-        text = "".join(map(str, values))
-        self._check_length(len(text))
-        return text
+        self._check_weight(values)
+        return "".join(map(str, values))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         template = super()._parse(source, name, filename)
@@ -213,6 +211,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise TemplateLimitExceeded("a power too large")
         elif operator == "%" and isinstance(left, str):
             self._check_format(left)
+            self._check_weight((left, right))
         elif operator == "+" and isinstance(left, str | list | tuple):
             self._check_length(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
@@ -243,6 +242,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         if _WIDE_FORMAT.search(pattern):
             raise TemplateLimitExceeded("a format too wide")
 
+    def _check_weight(self, value: object) -> None:
+        """Bounds the text that a value would be as a string: the same long text may stand in a list many times."""
+        weight, pending = 0, [value]
+        while pending:
+            item = pending.pop()
+            if isinstance(item, Mapping):
+                pending += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                pending += item
+            weight += len(item) if isinstance(item, str) else 1
+            self._check_length(weight)
+
     def _check_length(self, length: int) -> None:
         if length > self._limits.output_chars:
             raise TemplateLimitExceeded(f"a text of more than {self._limits.output_chars} characters")
@@ -256,18 +267,25 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _format(self, value: object, *args: Any, **kwargs: Any) -> str:
         pattern = str(value)
         self._check_format(pattern)
+        self._check_weight((pattern, *args, kwargs))
         return pattern % (kwargs or args)
 
     def _bounded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter whose numbers are bounded; it keeps the marks by which Jinja passes the environment."""
+        """A filter with bounded numbers, texts and result; it keeps the marks by which Jinja passes the environment."""
 
         def bounded(*args: Any, **kwargs: Any) -> Any:
+            self.tick()
             for value in (*args, *kwargs.values()):
-                if isinstance(value, int) and abs(value) > 100_000:
-                    raise TemplateLimitExceeded("a width too large")
-            return function(*args, **kwargs)
+                if isinstance(value, int) and abs(value) > _MAX_FILTER_NUMBER:
+                    raise TemplateLimitExceeded("a filter's number too large")
+                if isinstance(value, list | tuple | Mapping):
+                    self._check_weight(value)
+            result = function(*args, **kwargs)
+            if isinstance(result, str):
+                self._check_length(len(result))
+            return result
 
-        bounded.__dict__.update(function.__dict__)
+        bounded.__dict__.update(getattr(function, "__dict__", {}))
         return bounded
 
 
@@ -295,15 +313,15 @@ def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
 
 
 def _replace_concat(template: nodes.Template) -> None:
-    """``a ~ b`` becomes a call of ``concat``: Jinja offers no other way to see it."""
+    """``a ~ b`` becomes a call of ``join_operands``: Jinja offers no other way to see it."""
     pending: list[nodes.Node] = [template]
     while pending:
         node = pending.pop()
         for field, value in node.iter_fields():
             if isinstance(value, nodes.Concat):
-                setattr(node, field, _call("concat", value.nodes).set_lineno(value.lineno, override=False))
+                setattr(node, field, _call("join_operands", value.nodes).set_lineno(value.lineno, override=False))
             elif isinstance(value, list):
-                value[:] = [_call("concat", x.nodes) if isinstance(x, nodes.Concat) else x for x in value]
+                value[:] = [_call("join_operands", x.nodes) if isinstance(x, nodes.Concat) else x for x in value]
         pending.extend(node.iter_child_nodes())
 
 

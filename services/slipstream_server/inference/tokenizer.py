@@ -1,8 +1,9 @@
 """Text to token ids and back, as transformers' AutoTokenizer would do it, without importing torch.
 
-Reads ``tokenizer.json`` through the ``tokenizers`` library and honours what ``tokenizer_config.json`` says on top of it: tokens added later, beginning
-and end tokens, splitting of special tokens. Two things differ from transformers on purpose: the legacy clean-up of spaces before punctuation is
-never applied, because a stream cannot take text back, and nothing is ever truncated or padded.
+Reads ``tokenizer.json`` through the ``tokenizers`` library and honours what ``tokenizer_config.json`` says on top of it: named and added special tokens,
+splitting of special tokens. Beginning and end tokens are the post-processor's alone: where there is a tokenizer.json, transformers ignores
+``add_bos_token`` and ``add_eos_token`` too. Two things differ from transformers on purpose: the legacy clean-up of spaces before punctuation is never
+applied, because a stream cannot take text back, and nothing is ever truncated or padded.
 
 Methods block for as long as the text is long; ``prompts.py`` calls them on its own threads (the library releases the GIL). The object is immutable
 after loading and may be shared by threads. Knows nothing of requests.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from slipstream_server.errors import ModelLoadFailed
 from slipstream_server.models.folder import read_json_if_present
@@ -47,7 +48,6 @@ class TextTokenizer:
         self.special_tokens = _named_special_tokens(config)
         _add_missing_tokens(backend, config, self.special_tokens)
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        _update_post_processor(backend, config, self.special_tokens)
         self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
@@ -122,17 +122,3 @@ def _add_missing_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
         if content is not None and content not in known:
             known.add(content)
             backend.add_tokens([_added_token(value, special=special or content in named.values())])
-
-
-def _update_post_processor(backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Where the config speaks of add_bos_token or add_eos_token, it replaces the post-processor of tokenizer.json."""
-    if not ({"add_bos_token", "add_eos_token"} & config.keys()) and backend.post_processor is not None:
-        return
-    first = named.get("bos_token") if config.get("add_bos_token") else None
-    last = named.get("eos_token") if config.get("add_eos_token") else None
-    used = [token for token in (first, last) if token is not None]
-    single = " ".join([*([f"{first}:0"] if first else []), "$A:0", *([f"{last}:0"] if last else [])])
-    pair = " ".join([single, *([f"{first}:1"] if first else []), "$B:1", *([f"{last}:1"] if last else [])])
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=pair, special_tokens=[(token, backend.token_to_id(token)) for token in used]
-    )
