@@ -101,7 +101,9 @@ class InferenceConfig(_ServiceConfig):
         "attention implementation",
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
-    batching: str = setting("padded", "how generation is batched", choices=("padded",))
+    batching: str = setting(
+        "padded", "how generation is batched; null: no model runs, for measuring all the rest", choices=("padded", "null")
+    )
     max_batch_size: int = setting(16, "most sequences in one batch", minimum=1, maximum=4_096)
     max_batch_tokens: int = setting(16_384, "most tokens, padding included, in one batch", minimum=1, maximum=1 << 24)
     max_queue_delay_ms: float = setting(5.0, "longest wait for a batch to fill", minimum=0, maximum=60_000)

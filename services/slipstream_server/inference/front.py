@@ -27,6 +27,7 @@ from slipstream_server.errors import (
 from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.calls import GenerateCall, Prompt, StartedEvent
 from slipstream_server.inference.dispatcher import Dispatcher
+from slipstream_server.inference.expected import ExpectedModels
 from slipstream_server.inference.generation import AdapterPin
 from slipstream_server.inference.metrics import InferenceMetrics, ModelMetrics
 from slipstream_server.inference.prompts import PromptEncoder
@@ -60,7 +61,8 @@ class FrontConfig:
 class ModelPlan:
     """A model to serve: its prepared folder (for the tokenizer), its facts, and how its worker is to run it.
 
-    ``launch`` replaces the command that ``worker`` stands for. ``max_context_tokens`` bounds the context below the model's own.
+    ``launch`` replaces the command that ``worker`` stands for. ``max_context_tokens`` bounds the context below the
+    model's own. ``source`` and ``revision`` say where it came from; never a path.
     """
 
     name: str
@@ -69,6 +71,8 @@ class ModelPlan:
     worker: WorkerConfig
     launch: WorkerLaunch | None = None
     max_context_tokens: int | None = None
+    source: str = ""
+    revision: str = ""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -96,6 +100,7 @@ class InferenceFront:
         self._resolve_adapter = resolve_adapter
         self._metrics = InferenceMetrics(registry or CollectorRegistry())
         self._models: dict[str, _ServedModel] = {}
+        self._expected = ExpectedModels()
         self._streams: dict[GenerationStream, asyncio.TimerHandle | None] = {}
         self._request_ids = itertools.count(1)
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
@@ -158,6 +163,21 @@ class InferenceFront:
 
     # Models.
 
+    def announce(self, name: str) -> None:
+        """A model is being fetched or prepared: callers are told to wait, not that it is unknown, until it is added."""
+        self._expected.announce(name)
+        self._notify()
+
+    def report(self, name: str, stage: str, progress: float) -> None:
+        """How far an announced model is, 0 to 1."""
+        self._expected.report(name, stage, progress)
+        self._notify()
+
+    def give_up(self, name: str, error: SlipstreamError) -> None:
+        """An announced model cannot come; callers are told why."""
+        self._expected.fail(name, error)
+        self._notify()
+
     def add_model(self, plan: ModelPlan) -> None:
         """Serve a model from now on; it starts as LOADING. Raises ResourceExists, or InvalidField for facts that cannot be served."""
         if plan.name in self._models:
@@ -177,6 +197,7 @@ class InferenceFront:
         )
         model = _ServedModel(plan=plan, limits=limits, metrics=metrics, dispatcher=dispatcher, supervisor=supervisor)
         self._models[plan.name] = model
+        self._expected.arrived(plan.name)
         model.task = self._tasks.create_task(self._serve(model), name=f"model-{plan.name}")
         self._notify()
 
@@ -197,11 +218,17 @@ class InferenceFront:
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Every model as it stands, by name."""
-        return tuple(model.supervisor.status for _, model in sorted(self._models.items()))
+        served = (model.supervisor.status for model in self._models.values())
+        return tuple(sorted((*self._expected, *served), key=lambda status: status.model))
 
     def status(self, name: str) -> ModelStatus:
         """One model as it stands (empty: the default one); raises ModelNotFound."""
-        return self._find(name).supervisor.status
+        name = name or self._default_model()
+        return self._expected[name] if name in self._expected else self._find(name).supervisor.status
+
+    def plan(self, name: str) -> ModelPlan | None:
+        """How a model is served; None while it is only announced. Raises ModelNotFound."""
+        return None if name in self._expected else self._find(name).plan
 
     async def subscribe(self) -> AsyncIterator[tuple[ModelStatus, ...]]:
         """``models()`` now and after every change; changes that come while the reader is busy are one."""
@@ -230,13 +257,17 @@ class InferenceFront:
         await model.supervisor.run()
 
     def _find(self, name: str) -> _ServedModel:
-        name = name or self._config.default_model or self._only_model()
+        name = name or self._default_model()
+        if name in self._expected:
+            raise self._expected.why_not(name)
         model = self._models.get(name)
         if model is None:
             raise ModelNotFound(f"no model {name[:80]!r} is loaded", metadata={"model": name[:80]})
         return model
 
-    def _only_model(self) -> str:
+    def _default_model(self) -> str:
+        if self._config.default_model:
+            return self._config.default_model
         if len(self._models) != 1:
             raise ModelNotFound("the request names no model and the service has no default one")
         return next(iter(self._models))
@@ -313,7 +344,7 @@ class InferenceFront:
         return self._find(model).limits.context_tokens
 
     def name_of(self, model: str) -> str:
-        """The name of the model that a request naming ``model`` (perhaps nothing) would reach."""
+        """The name of the model that a request naming ``model`` (perhaps nothing) reaches. Raises as ``open`` does."""
         return self._find(model).plan.name
 
     @property

@@ -54,10 +54,7 @@ class Batch:
 
 
 def surviving_order(is_live: Sequence[bool]) -> list[int]:
-    """The live rows with the holes filled from the tail: rows before a hole stay where they are, so that few have to move."""
+    """The live rows, with the holes before them filled from the tail: no row moves that does not have to."""
     live = [index for index, alive in enumerate(is_live) if alive]
-    order: list[int] = []
-    while len(order) < len(live):
-        place = len(order)
-        order.append(place if is_live[place] else live.pop())
-    return order
+    tail = [index for index in live if index >= len(live)]
+    return [place if is_live[place] else tail.pop() for place in range(len(live))]

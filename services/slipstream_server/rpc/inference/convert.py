@@ -72,11 +72,11 @@ def generate_call(request: inference_pb2.GenerateRequest, deadline_monotonic_s: 
     )
 
 
-def model_id(name: str) -> str:
+def model_id(name: str, field: str = "model") -> str:
     """The id in ``models/{id}`` or a bare id; empty stays empty (the default model)."""
     if not name:
         return ""
-    return ModelName.parse(name, "model").model if name.startswith("models/") else check_id(name, "model")
+    return ModelName.parse(name, field).model if name.startswith("models/") else check_id(name, field)
 
 
 def _generate_prompt(request: inference_pb2.GenerateRequest) -> Prompt:
