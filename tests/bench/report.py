@@ -87,7 +87,9 @@ def emit(line: dict[str, Any], *, save: bool) -> None:
 
 def machine_class(device: str) -> str:
     """``cpu2`` for two cores without an accelerator, else the device's name."""
-    return f"cpu{len(os.sched_getaffinity(0))}" if device == "cpu" else device.replace(":", "").replace(" ", "-").lower()
+    return (
+        f"cpu{len(os.sched_getaffinity(0))}" if device == "cpu" else device.replace(":", "").replace(" ", "-").lower()
+    )
 
 
 async def interleaved(
