@@ -74,7 +74,7 @@ class ModelCache:
         try:
             _write_json(partial / PROVENANCE, fill(partial))
             _flush_to_disk(partial)
-            partial.chmod(0o755)
+            _open_to_readers(partial)
             self.folder(key).parent.mkdir(parents=True, exist_ok=True)
             partial.rename(self.folder(key))
         finally:
@@ -145,6 +145,14 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Private temporary files become ordinary ones; who may read them at all, the cache root's mode decides."""
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o644)
 
 
 def _flush_to_disk(folder: Path) -> None:

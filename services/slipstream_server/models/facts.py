@@ -71,7 +71,7 @@ class Family(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """The model's own generation_config; None where it says nothing. ``other`` keeps every field not named here."""
+    """The model's own generation_config; None where it says nothing. ``other`` keeps what is set besides."""
 
     do_sample: bool | None = None
     temperature: float | None = None
@@ -364,5 +364,9 @@ def _generation_defaults(reader: _Reader) -> GenerationDefaults:
         elif item.name != "other":
             known[item.name] = reader.count(item.name)
     skipped = known.keys() | _TOKEN_KEYS | _NOT_GENERATION
-    other = {key: value for key, value in reader.values.items() if key not in skipped and value is not None}
+    other = {
+        key: value
+        for key, value in reader.values.items()
+        if key not in skipped and value is not None and value is not False
+    }
     return GenerationDefaults(**known, other=other)

@@ -142,7 +142,7 @@ def _within(timeout_s: float, call: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(timeout_s)
     if not outcome:
-        raise DependencyUnavailable(f"the hub did not answer in {timeout_s:g} s")
+        raise DependencyUnavailable(f"hub: no answer in {timeout_s:g} s")
     result, error = outcome[0]
     if error is not None:
         raise error
@@ -170,7 +170,7 @@ def _from_local_cache(repository: str, revision: str, access: HubAccess, why: st
         if isinstance(path, str):
             folder = Path(path).parent
             return HubSnapshot(folder=folder, revision=folder.name)
-    raise DependencyUnavailable(f"hub {repository}: {why}, and the local cache does not hold it")
+    raise DependencyUnavailable(f"{why}, and the local cache does not hold {repository}")
 
 
 def _cache_folder(access: HubAccess) -> Path:

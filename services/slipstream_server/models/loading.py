@@ -32,6 +32,7 @@ from slipstream_server.errors import (
 from slipstream_server.models.facts import Family, ModelFacts, read_facts
 from slipstream_server.models.folder import check_adapter_folder, check_model_folder, refuse_code
 from slipstream_server.models.load_options import LoadOptions, Quantization
+from slipstream_server.models.quantization import mend_quantized, quantization_config, require_package
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +87,8 @@ def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
     with _load_errors(task):
         model, report = _from_pretrained(folder, task, options)
         _require_complete(report, task, options)
+        if options.quantization is not Quantization.NONE or facts.is_quantized:
+            mend_quantized(model)
         if options.adapter_folder is not None:
             model = _with_adapter(model, options.adapter_folder)
         model.eval()
@@ -113,7 +116,7 @@ def _from_pretrained(folder: Path, task: str, options: LoadOptions) -> tuple[Any
     if placement is not None:
         arguments["device_map"] = placement
     if options.quantization is not Quantization.NONE:
-        arguments["quantization_config"] = _quantization_config(options)
+        arguments["quantization_config"] = quantization_config(options)
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
     model, report = auto_class.from_pretrained(
@@ -143,31 +146,11 @@ def _placement(options: LoadOptions, device: torch.device) -> str | dict[str, An
     """
     needs_accelerate = options.device_map is not None or options.quantization is not Quantization.NONE
     if needs_accelerate:
-        _require_package("accelerate", "device_map and quantization")
+        require_package("accelerate", "device_map and quantization")
     if options.device_map is not None:
         return options.device_map
     is_direct = needs_accelerate or (device.type == "cuda" and importlib.util.find_spec("accelerate") is not None)
     return {"": device} if is_direct else None
-
-
-def _quantization_config(options: LoadOptions) -> Any:
-    _require_package("bitsandbytes", "quantization")
-    if options.quantization is Quantization.EIGHT_BIT:
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    compute_dtype = (
-        {"bnb_4bit_compute_dtype": getattr(torch, options.compute_dtype)} if options.compute_dtype != "auto" else {}
-    )
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=options.four_bit_kind.value,
-        bnb_4bit_use_double_quant=options.double_quantization,
-        **compute_dtype,
-    )
-
-
-def _require_package(name: str, purpose: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise MissingDependency(f"{purpose}: the package {name} is not installed on this server")
 
 
 def _require_complete(report: Any, task: str, options: LoadOptions) -> None:
@@ -189,7 +172,7 @@ def _require_complete(report: Any, task: str, options: LoadOptions) -> None:
 
 def _with_adapter(model: Any, folder: Path) -> Any:
     check_adapter_folder(folder)
-    _require_package("peft", "adapters")
+    require_package("peft", "adapters")
     from peft import PeftModel
 
     with warnings.catch_warnings(record=True) as caught:

