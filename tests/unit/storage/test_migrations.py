@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from unit.storage.shelf import SCHEMA
 
 from slipstream_server.errors import SchemaTooNew, WrongState
 from slipstream_server.storage.database import Database
 from slipstream_server.storage.migrations import drift, migrate
+from unit.storage.shelf import SCHEMA
 
 START = """
 import asyncio, sys
