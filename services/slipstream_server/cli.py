@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import huggingface_hub
+
 from slipstream_server.config import (
     AdaptersConfig,
     ChatConfig,
@@ -31,6 +33,7 @@ from slipstream_server.config import (
 from slipstream_server.config_sources import Bounds
 from slipstream_server.errors import SlipstreamError
 from slipstream_server.logs import configure_logging
+from slipstream_server.models.hub import HubAccess
 
 # Re-exported for the command line, which may import nothing else of the server.
 from slipstream_server.models.pull import ModelRow, list_models, pull
@@ -42,6 +45,7 @@ __all__ = [
     "SlipstreamError",
     "check_config",
     "flags_from",
+    "hub",
     "is_built",
     "list_models",
     "load",
@@ -119,6 +123,12 @@ def flags_from(assignments: Sequence[str]) -> dict[str, object]:
             raise ConfigError([f"--set: {assignment!r} is not SECTION.KEY=VALUE"])
         found.setdefault(key, []).append(value)
     return {key: values[0] if len(values) == 1 else tuple(values) for key, values in found.items()}
+
+
+def hub() -> tuple[str, bool]:
+    """The address of the model hub that would be asked, and whether it must not be."""
+    access = HubAccess.from_environment()
+    return access.endpoint or huggingface_hub.constants.ENDPOINT, access.is_offline
 
 
 def check_config(file: Path | None, flags: Mapping[str, object] | None = None) -> list[tuple[str, str, str, str, str]]:

@@ -1,0 +1,68 @@
+"""The root of the command line: which verbs and nouns there are, and what becomes of a failure.
+
+A noun is a file of this package with a ``typer.Typer()`` (or a function, for an everyday verb), named here once. Exit
+codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from slipstream_client.cli import (
+    chat,
+    config,
+    doctor,
+    generate,
+    models,
+    serve,
+    status,
+    terminal,
+    tokens,
+    up,
+    version,
+)
+from slipstream_client.errors import SlipstreamClientError
+
+app = typer.Typer(
+    name="slipstream",
+    help="Train, adapt and serve Hugging Face models over gRPC.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TALK = "Talk to a model"
+RUN = "Run the services"
+LOOK = "Look after them"
+
+app.command(rich_help_panel=TALK)(chat.chat)
+app.command(rich_help_panel=TALK)(generate.generate)
+app.command(rich_help_panel=TALK)(tokens.tokenize)
+app.command(name="count-tokens", rich_help_panel=TALK)(tokens.count_tokens)
+app.command(rich_help_panel=RUN)(up.up)
+app.command(
+    rich_help_panel=RUN,
+    add_help_option=False,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)(serve.serve)
+app.add_typer(models.app, name="models", rich_help_panel=LOOK)
+app.command(rich_help_panel=LOOK)(status.status)
+app.command(rich_help_panel=LOOK)(doctor.doctor)
+app.add_typer(config.app, name="config", rich_help_panel=LOOK)
+app.command(rich_help_panel=LOOK)(version.version)
+
+
+def main() -> None:
+    """Run the command line of this process; does not return."""
+    try:
+        app()
+    except SlipstreamClientError as error:
+        terminal.print_failure(error)
+        sys.exit(1)
+    except BrokenPipeError:
+        # The reader has gone (`| head`); nothing more can be said, not even by the interpreter's last flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,161 @@
+"""What ``slipstream up`` shows: a line for each service as it becomes SERVING, how far a model is, and deaths with
+the tail of the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.spinner import Spinner
+from rich.text import Text
+
+from slipstream_client.cli import terminal
+from slipstream_client.cli.model_rows import progress_in_words
+from slipstream_client.cli.supervisor import Died
+from slipstream_client.client import SlipstreamClient
+from slipstream_client.errors import SlipstreamClientError
+from slipstream_client.models import Model
+
+RETRY_S = 0.3
+MODEL_RETRY_S = 1.0
+# A watch has no natural end.
+WATCH_S = 86_400.0
+QUIET_STATES = frozenset({"ready", "failed", "unloaded"})
+BUSY_STATES = frozenset({"downloading", "loading", "creating", "restarting", "unloading"})
+
+
+class View:
+    """The screen of one ``slipstream up``.
+
+    Lives on the event loop; the spinner alone has a thread, which only draws.
+    """
+
+    def __init__(self, addresses: Mapping[str, str], *, logs: Path) -> None:
+        self._addresses = addresses
+        self._logs = logs
+        self._began_s = time.monotonic()
+        self._serving: set[str] = set()
+        self._models: dict[str, str] = {}
+        self._was_ready = False
+        self._is_stopping = False
+        self._live = Live(console=terminal.out, transient=True, refresh_per_second=8)
+
+    def __enter__(self) -> Self:
+        if terminal.out.is_terminal:
+            self._live.start()
+        self._refresh()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._live.stop()
+        if self._is_stopping:
+            terminal.out.print("stopped")
+
+    async def watch_service(self, client: SlipstreamClient, service: str) -> None:
+        """Follow the health of one service, for ever."""
+        stub = health_pb2_grpc.HealthStub(client.connection.channel(service))
+        token = client.settings.token
+        headers = (("authorization", f"Bearer {token}"),) if token else None
+        while True:
+            call = stub.Watch(health_pb2.HealthCheckRequest(), metadata=headers)
+            try:
+                async for answer in call:
+                    self._note_health(service, answer.status == health_pb2.HealthCheckResponse.SERVING)
+            except grpc.aio.AioRpcError:
+                self._note_health(service, False)
+            finally:
+                call.cancel()
+            await asyncio.sleep(RETRY_S)
+
+    async def watch_models(self, client: SlipstreamClient) -> None:
+        """Follow the models of the inference service, for ever; where it does not tell of them, nothing is shown."""
+        while True:
+            try:
+                async for model in client.models.watch(timeout_s=WATCH_S):
+                    self._note_model(model)
+            except SlipstreamClientError as error:
+                if error.code is grpc.StatusCode.UNIMPLEMENTED:
+                    return
+            await asyncio.sleep(MODEL_RETRY_S)
+
+    def died(self, death: Died) -> None:
+        """Say loudly that a service ended unasked."""
+        self._serving.discard(death.name)
+        fate = "giving up" if death.restart_in_s is None else f"starting it again in {death.restart_in_s:g} s"
+        cause = f"exit code {death.exit_code}" if death.exit_code >= 0 else f"signal {-death.exit_code}"
+        terminal.out.print(f"[bold red]{death.name} died[/] ({cause}); {fate}")
+        for line in death.tail:
+            terminal.out.print(Text(f"  │ {line}", style="dim"))
+        terminal.out.print(Text(f"  ╰ {death.log_file}", style="dim"))
+        self._refresh()
+
+    def stopping(self) -> None:
+        """Say that the end has begun."""
+        self._is_stopping = True
+        terminal.out.print("stopping …" if terminal.out.is_terminal else "stopping")
+        self._refresh()
+
+    def _note_health(self, service: str, is_serving: bool) -> None:
+        if self._is_stopping or is_serving == (service in self._serving):
+            return
+        if is_serving:
+            self._serving.add(service)
+            self._say(service, "SERVING", "green")
+        else:
+            self._serving.discard(service)
+            self._say(service, "NOT_SERVING", "yellow")
+        self._refresh()
+        if not self._was_ready and self._serving == set(self._addresses):
+            self._was_ready = True
+            self._say_ready()
+
+    def _say(self, service: str, state: str, colour: str) -> None:
+        after = f"[dim]{time.monotonic() - self._began_s:6.1f} s[/]" if terminal.out.is_terminal else ""
+        line = f"[bold]{service:<9}[/] [{colour}]{state}[/] {self._addresses[service]} {after}"
+        terminal.out.print(line.rstrip())
+
+    def _say_ready(self) -> None:
+        if terminal.out.is_terminal:
+            terminal.out.print(
+                Text(f"logs: {self._logs} · talk to it: slipstream chat · Ctrl-C stops everything", "dim")
+            )
+        terminal.out.print("[bold green]ready[/]")
+
+    def _note_model(self, model: Model) -> None:
+        before = self._models.get(model.id)
+        words = progress_in_words(model.progress) if model.progress else model.state_message or model.state
+        now = words if model.state in BUSY_STATES else model.state
+        if now == before:
+            return
+        self._models[model.id] = now
+        if model.state == "failed":
+            terminal.out.print(
+                f"[bold red]model {escape(model.id)} failed[/] {escape(model.error or model.state_message)}"
+            )
+        elif model.state == "ready" and before not in (None, "ready"):
+            terminal.out.print(f"[dim]model {escape(model.id)} ready[/]")
+        elif not terminal.out.is_terminal and model.state in BUSY_STATES:
+            terminal.out.print(f"model {escape(model.id)} {escape(now)}")
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Draw what is still to come: services that do not serve yet, and models on their way."""
+        if not terminal.out.is_terminal:
+            return
+        waiting = [] if self._is_stopping else [name for name in self._addresses if name not in self._serving]
+        busy = [f"{name}  {state}" for name, state in self._models.items() if state not in QUIET_STATES]
+        lines = [f"{name:<9} starting" for name in waiting] + busy
+        spinners = [Spinner("dots", Text(line, style="dim")) for line in lines]
+        self._live.update(Group(*spinners), refresh=True)
