@@ -43,7 +43,7 @@ _MIB = 1024 * 1024
 
 # Variables of that prefix that are not settings of a server.
 _OTHER_VARIABLES = frozenset(
-    {"CONFIG", "TARGET", "TOKEN", "TLS", "TLS_CA", "CA_CERT", "TIMEOUT_S", "ADDRESS"}
+    {"CONFIG", "HOME", "TARGET", "TOKEN", "TLS", "TLS_CA", "CA_CERT", "TIMEOUT_S", "ADDRESS"}
     | {f"{service.upper()}_ADDRESS" for service in _SERVICE_ORDER}
 )
 _OTHER_PREFIXES = ("CLIENT_", "TEST_", "BENCH_", "DEMO_")
