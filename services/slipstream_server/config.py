@@ -102,7 +102,7 @@ class InferenceConfig(_ServiceConfig):
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
     batching: str = setting(
-        "padded", "how generation is batched; null: no model runs, for measuring all the rest", choices=("padded", "null")
+        "padded", "how generation is batched; null: no model runs, for measuring the rest", choices=("padded", "null")
     )
     max_batch_size: int = setting(16, "most sequences in one batch", minimum=1, maximum=4_096)
     max_batch_tokens: int = setting(16_384, "most tokens, padding included, in one batch", minimum=1, maximum=1 << 24)

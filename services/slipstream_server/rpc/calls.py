@@ -19,7 +19,7 @@ import inspect
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -35,6 +35,14 @@ from slipstream_server.rpc.telemetry import RpcMetrics
 REQUEST_ID_KEY = "x-request-id"
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CODES_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
+
+# By whether the requests stream, and whether the responses do.
+_MAKERS: Mapping[tuple[bool, bool], Callable[..., Any]] = {
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -114,22 +122,11 @@ class MethodGuard:
             name = method.rpartition("/")[2]
             text = f"{name} is part of the contract, but not built yet"
             return self.refusal(method, lambda: errors.Unimplemented(text))
-        read = self._reader_of(handler)
-        if handler.response_streaming:
-            respond = self._streaming(method, behaviour, requests_stream=bool(handler.request_streaming))
-            make: Any = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_stream_rpc_method_handler
-            )
-        else:
-            respond = self._single(method, behaviour, requests_stream=bool(handler.request_streaming))
-            make = (
-                grpc.stream_unary_rpc_method_handler
-                if handler.request_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-        wrapped: grpc.RpcMethodHandler[Any, Any] = make(respond, read, handler.response_serializer)
+        requests_stream, responses_stream = bool(handler.request_streaming), bool(handler.response_streaming)
+        around = self._streaming if responses_stream else self._single
+        respond = around(method, behaviour, requests_stream=requests_stream)
+        make = _MAKERS[requests_stream, responses_stream]
+        wrapped: grpc.RpcMethodHandler[Any, Any] = make(respond, self._reader_of(handler), handler.response_serializer)
         return wrapped
 
     def refusal(self, method: str, make_error: Callable[[], errors.SlipstreamError]) -> grpc.RpcMethodHandler[Any, Any]:
