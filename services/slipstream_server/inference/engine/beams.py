@@ -5,13 +5,12 @@ A cancelled or expired request is seen between tokens: its beams are declared fi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from slipstream_server.inference.engine.core import Generation
 from slipstream_server.inference.engine.passes import Traits, padded
@@ -41,8 +40,8 @@ def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[],
     found = traits.model.generate(
         input_ids=tokens_PT.to(traits.device),
         attention_mask=mask_PT.to(traits.device),
-        generation_config=_settings(traits, requests[0]),
         stopping_criteria=StoppingCriteriaList([_Unwanted(generations, poll)]),
+        **_settings(traits, requests[0]),
     )
     num_context = 1 if traits.is_encoder_decoder else tokens_PT.shape[1]
     answers = iter(found[:, num_context:].tolist())
@@ -62,29 +61,31 @@ class _Unwanted(StoppingCriteria):  # type: ignore[misc]
         return over.repeat_interleave(input_ids.shape[0] // len(self._generations))
 
 
-def _settings(traits: Traits, request: GenerationRequest) -> GenerationConfig:
-    """The model's generation_config with the request's settings in place of its own."""
+def _settings(traits: Traits, request: GenerationRequest) -> dict[str, Any]:
+    """The request's settings as arguments of ``generate``.
+
+    Arguments, because None in a GenerationConfig would be filled in from the model's own: no end token would become its end token.
+    """
     sampling, stopping, beams = request.sampling, request.stopping, request.beams
-    config = copy.deepcopy(traits.model.generation_config)
-    ends = [*stopping.eos_token_ids, *stopping.stop_token_ids]
-    config.update(
-        do_sample=False,
-        temperature=None, top_k=None, top_p=None, min_p=None, typical_p=None,
-        max_length=None, min_length=None,
-        max_new_tokens=stopping.max_new_tokens,
-        min_new_tokens=stopping.min_new_tokens or None,
-        eos_token_id=ends or None,
-        pad_token_id=traits.pad_token_id,
-        num_beams=beams.num_beams,
-        length_penalty=beams.length_penalty,
-        early_stopping=beams.early_stopping,
-        num_return_sequences=request.num_return_sequences,
-        repetition_penalty=sampling.repetition_penalty,
-        no_repeat_ngram_size=sampling.no_repeat_ngram_size or None,
-        sequence_bias={(token_id,): float(bias) for token_id, bias in sampling.logit_bias.items()} or None,
-        return_dict_in_generate=False, output_scores=False,
-    )  # fmt: skip
-    return config
+    return {
+        "do_sample": False,
+        "max_length": None,
+        "min_length": 0,
+        "max_new_tokens": stopping.max_new_tokens,
+        "min_new_tokens": stopping.min_new_tokens or None,
+        "eos_token_id": [*stopping.eos_token_ids, *stopping.stop_token_ids] or None,
+        "forced_eos_token_id": traits.model.generation_config.forced_eos_token_id if stopping.eos_token_ids else None,
+        "pad_token_id": traits.pad_token_id,
+        "num_beams": beams.num_beams,
+        "length_penalty": beams.length_penalty,
+        "early_stopping": beams.early_stopping,
+        "num_return_sequences": request.num_return_sequences,
+        "repetition_penalty": sampling.repetition_penalty,
+        "no_repeat_ngram_size": sampling.no_repeat_ngram_size or None,
+        "sequence_bias": {(token_id,): float(bias) for token_id, bias in sampling.logit_bias.items()} or None,
+        "return_dict_in_generate": False,
+        "output_scores": False,
+    }
 
 
 def _until_end(tokens: list[int], request: GenerationRequest) -> list[int]:

@@ -38,11 +38,11 @@ class GrowingLayer(DynamicLayer):
         """Append the new columns; returns views of everything that is visible."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self._end + key_states.shape[-2]
-        stores = self._with_room(key_states, value_states, end)
+        num_new = key_states.shape[-2]
+        stores = self._with_room(key_states, value_states, num_new)
         for store, states in zip(stores, (key_states, value_states), strict=True):
-            store[: states.shape[0], :, self._end : end].copy_(states)
-        self._end = end
+            store[: states.shape[0], :, self._end : self._end + num_new].copy_(states)
+        self._end += num_new
         return self._show(stores, key_states.shape[0])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -73,19 +73,20 @@ class GrowingLayer(DynamicLayer):
             seen = store[:, :, self._start : self._end]
             seen[to] = seen[source]
 
-    def _with_room(self, keys: torch.Tensor, values: torch.Tensor, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _with_room(self, keys: torch.Tensor, values: torch.Tensor, num_new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stores, with room for ``num_new`` columns behind the last."""
         if self._stores is None:
-            self._stores = (self._room_for(keys, end), self._room_for(values, end))
-        elif end > self._stores[0].shape[2]:
-            self._spare_columns = max(self._spare_columns, (end - self._start) // 4)
-            self._replace(self.keys, self.values, num_new=end - self._end)
+            self._stores = (self._room_for(keys, num_new), self._room_for(values, num_new))
+        elif self._end + num_new > self._stores[0].shape[2]:
+            self._spare_columns = max(self._spare_columns, (self._end - self._start) // 4)
+            self._stores = self._replace(self.keys, self.values, num_new)
         return self._stores
 
     def _room_for(self, states: torch.Tensor, columns: int) -> torch.Tensor:
         rows, heads, _, dim = states.shape
         return states.new_empty((rows, heads, columns + self._spare_columns, dim))
 
-    def _replace(self, keys: torch.Tensor, values: torch.Tensor, num_new: int = 0) -> None:
+    def _replace(self, keys: torch.Tensor, values: torch.Tensor, num_new: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """Move to new stores that begin with ``keys`` and ``values`` and have room for ``num_new`` columns and some."""
         columns = keys.shape[2]
         stores = (self._room_for(keys, columns + num_new), self._room_for(values, columns + num_new))
@@ -93,6 +94,7 @@ class GrowingLayer(DynamicLayer):
             store[:, :, :columns].copy_(states)
         self._stores, self._start, self._end = stores, 0, columns
         self._show(stores, keys.shape[0])
+        return stores
 
     def _show(self, stores: tuple[torch.Tensor, torch.Tensor], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = (store[:rows, :, self._start : self._end] for store in stores)
