@@ -144,9 +144,7 @@ class Database:
             with self._failures_named(DBAPIError, ConnectionError):
                 yield session
             with self._failures_named(*_UNANSWERED):
-                await _uninterrupted(session.commit())
-        for callback in session.info.get(_AFTER_COMMIT, ()):
-            callback()
+                await _uninterrupted(_commit(session))
 
     @contextmanager
     def _failures_named(self, *kinds: type[Exception]) -> Iterator[None]:
@@ -227,8 +225,14 @@ def _prepare_sqlite(connection: DBAPIConnection, role: Role, lock_timeout_ms: in
     cursor.close()
 
 
+async def _commit(session: AsyncSession) -> None:
+    await session.commit()
+    for callback in session.info.get(_AFTER_COMMIT, ()):
+        callback()
+
+
 async def _uninterrupted(work: Coroutine[Any, Any, None]) -> None:
-    """Await ``work`` to its end even when cancelled: a commit that has begun is known to be done or failed."""
+    """Await ``work`` to its end even when cancelled: a commit that has begun also tells those who wait for it."""
     task = asyncio.ensure_future(work)
     try:
         await asyncio.shield(task)

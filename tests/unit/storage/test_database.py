@@ -13,7 +13,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import event, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from slipstream_server.errors import DependencyUnavailable, InvalidField, StorageFull
@@ -159,6 +159,25 @@ async def test_after_commit_runs_only_after_a_commit(shelves: Database) -> None:
         after_commit(session, lambda: ran.append("committed"))
         assert ran == []
     assert ran == ["committed"]
+
+
+async def test_a_commit_that_has_begun_is_told_even_when_its_task_is_cancelled(shelves: Database) -> None:
+    told = asyncio.Event()
+    committing = asyncio.Event()
+
+    async def write() -> None:
+        async with shelves.write() as session:
+            await session.execute(text("UPDATE shelves SET num_visits = 7"))
+            after_commit(session, told.set)
+            event.listen(session.sync_session, "before_commit", lambda _session: committing.set())
+
+    task = asyncio.create_task(write())
+    await committing.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert told.is_set()
+    assert await visits(shelves) == 7
 
 
 async def test_a_writer_that_holds_on_makes_others_unavailable_in_time(dsn: str) -> None:

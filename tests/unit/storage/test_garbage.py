@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import time
 from collections.abc import Set as AbstractSet
@@ -143,6 +144,23 @@ async def test_storing_what_is_just_being_collected_keeps_it_whole(local_store: 
         await local_store.verify(old)
         outcomes.add(collected)
     assert Collected(artifacts=0, blobs=0, leftovers=0) != max(outcomes, key=lambda outcome: outcome.artifacts)
+
+
+async def test_deleting_waits_for_a_publisher_and_then_looks_again(local_store: ArtifactStore, tmp_path: Path) -> None:
+    await local_store.put("adapter", {"a": b"x"})
+    age(tmp_path / "store")
+    [stored] = await _listed(local_store, "blobs")
+    with open(tmp_path / "store" / "lock", "ab") as publisher:
+        fcntl.flock(publisher, fcntl.LOCK_SH)
+        deleting = asyncio.create_task(
+            local_store.threads.run(local_store.place.delete_if_older, stored.key, time.time())
+        )
+        await asyncio.wait({deleting}, timeout=0.1)
+        assert not deleting.done()
+        in_the_future = time.time() + 3600
+        os.utime(tmp_path / "store" / stored.key, (in_the_future, in_the_future))
+    assert await asyncio.wait_for(deleting, timeout=10) is False
+    assert (tmp_path / "store" / stored.key).exists()
 
 
 async def test_an_object_store_that_is_away_is_unavailable(tmp_path: Path) -> None:
