@@ -4,8 +4,7 @@
 
 closed_16x64      16 prompts of 16 to 128 tokens at once, 64 new tokens each, end-of-sequence ignored; output tokens/s
                   against the same requests one at a time
-closed_16xmixed   the same with 8 to 96 new tokens each: a finished row does not wait for nothing, but nobody takes its place
-                  until the batch ends
+closed_16xmixed   the same with 8 to 96 new tokens each: nobody takes a finished row's place until the batch ends
 hop               a request of one token to an engine that does nothing, over gRPC; milliseconds, against calling
                   the front in the same process
 """
@@ -20,14 +19,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slipstream_client import SlipstreamClient
-from slipstream_client.options import TokenIds
 from tests.bench.report import Comparison, emit, interleaved
 from tests.bench.service import inference_service
 
+from slipstream_client import SlipstreamClient
+from slipstream_client.options import TokenIds
+
 SEED = 20260
 NUM_PROMPTS = 16
-WORDS = "river stone light paper engine quiet morning garden number window silver market travel music winter".split()
+TEXT = "river stone light paper engine quiet morning garden number window silver market travel music winter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Request:
 async def workload(client: SlipstreamClient, *, mixed: bool) -> list[Request]:
     """The same requests for the same seed and tokenizer."""
     random_source = random.Random(SEED)
-    text = " ".join(random_source.choices(WORDS, k=4096))
+    text = " ".join(random_source.choices(TEXT.split(), k=4096))
     ids = [token.id for token in (await client.tokenize(text)).tokens]
     requests = []
     for _ in range(NUM_PROMPTS):
