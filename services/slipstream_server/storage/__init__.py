@@ -9,9 +9,8 @@ How a room uses it::
                                 requests = RequestRecords(Rows.metadata)         where its methods take a request_id
                                 events = EventLog(Rows.metadata, "job_events")   where something is watched
                                 SCHEMA = Schema(service="training", metadata=Rows.metadata, versions=<room>/migrations)
-    migrations/                 training_0001_create.py, training_0002_add_priority.py, ... one linear history; each
-    file
-                                names revision, down_revision and upgrade(); shared tables are made by ``shared_tables``
+    migrations/                 training_0001_create.py, training_0002_priority.py, ...: one linear history; each has
+                                revision, down_revision and upgrade(); shared tables are made by ``shared_tables``
     at start                    db = Database(config.database); await migrate(db, SCHEMA)
     in its tests                assert await drift(db, SCHEMA) == []: the revisions make what the tables declare
 """

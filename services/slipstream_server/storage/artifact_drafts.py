@@ -24,7 +24,7 @@ from types import MappingProxyType, TracebackType
 from typing import Self
 from uuid import uuid4
 
-from slipstream_server.errors import CorruptArtifact, InvalidField, WrongState
+from slipstream_server.errors import CorruptArtifact, DependencyUnavailable, InvalidField, WrongState
 from slipstream_server.storage.artifact_manifest import (
     ArtifactLimits,
     FileEntry,
@@ -109,9 +109,13 @@ class ArtifactDraft:
             raise WrongState("a draft is committed after its last file is finished, once")
         if not self._entries:
             raise InvalidField.of("files", "an artifact holds at least one file")
-        manifest = Manifest(self._kind, utc_now(), MappingProxyType(self._entries))
+        manifest = Manifest(self._kind, utc_now(), MappingProxyType(dict(self._entries)))
         digest = manifest.digest
-        await self.threads.run(self._place.publish, self._staged_by_key, manifest_key(digest), manifest.to_bytes())
+        try:
+            await self.threads.run(self._place.publish, self._staged_by_key, manifest_key(digest), manifest.to_bytes())
+        except FileNotFoundError as failure:  # its folder or bucket
+            raise DependencyUnavailable("the artifact store is not there") from failure
+        await self._remove_folder()
         return Artifact(digest, manifest)
 
     def check_limits(self, file_bytes: int) -> None:

@@ -72,12 +72,13 @@ class S3Server:
 
     endpoint_url: str
 
-    def store(self, staging: Path) -> ArtifactStore:
-        """A store in a fresh bucket."""
+    def store(self, staging: Path, *, bucket_exists: bool = True) -> ArtifactStore:
+        """A store in a fresh bucket, or in one that is not there."""
         bucket = f"bucket-{uuid4().hex}"
         client = {"endpoint_url": self.endpoint_url, "region_name": "eu-west-1"}
         options = {"key": "test", "secret": "test", "client_kwargs": client}
-        fsspec.filesystem("s3", **options).mkdir(bucket)
+        if bucket_exists:
+            fsspec.filesystem("s3", **options).mkdir(bucket)
         return open_store(f"s3://{bucket}/below", staging=staging, options=options)
 
 

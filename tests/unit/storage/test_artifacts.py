@@ -19,10 +19,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream_server.errors import CorruptArtifact, InvalidField, NotFound, QuotaExceeded, StorageFull, WrongState
+from slipstream_server.errors import (
+    CorruptArtifact,
+    DependencyUnavailable,
+    InvalidField,
+    NotFound,
+    QuotaExceeded,
+    StorageFull,
+    WrongState,
+)
 from slipstream_server.storage.artifact_manifest import ArtifactLimits, check_path
 from slipstream_server.storage.artifacts import ArtifactStore, open_store
 from slipstream_server.storage.garbage import collect
+from unit.storage.conftest import S3Server
 
 NO_GRACE = timedelta(0)
 BIG = random.Random(7).randbytes(3 * 1024 * 1024 + 17)
@@ -273,9 +282,20 @@ async def test_a_draft_is_written_in_order_and_committed_once(local_store: Artif
         await file.write(b"x")
         await file.finish()
         assert await file.finish() == await file.finish()
-        await draft.commit()
-    with pytest.raises(WrongState):
-        await draft.commit()
+        artifact = await draft.commit()
+        with pytest.raises(WrongState):
+            await draft.commit()
+        with pytest.raises(WrongState):
+            draft.file("b")
+    await local_store.verify(artifact.digest)
+
+
+async def test_a_bucket_that_is_gone_is_unavailable(s3_server: S3Server, tmp_path: Path) -> None:
+    store = s3_server.store(tmp_path / "staging", bucket_exists=False)
+    with pytest.raises(DependencyUnavailable):
+        await store.put("dataset", {"a": b"x"})
+    assert list(store.place.staging.iterdir()) == []
+    store.close()
 
 
 async def test_what_is_not_there_is_not_found(store: ArtifactStore) -> None:
