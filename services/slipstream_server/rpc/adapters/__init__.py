@@ -1,0 +1,1 @@
+"""AdapterService over gRPC."""
