@@ -1,0 +1,204 @@
+"""What Slipstream does, shown in a few minutes on a real model: ``make demo``. Exit code 0 means that all of it worked.
+
+Starts the four services on free ports with an empty data directory, talks to them through the Python client, and stops
+them. Every line that it prints was measured or answered while it ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from slipstream_client import SlipstreamClient
+
+MODEL = "smollm2-135m-instruct"
+START_TIMEOUT_S = 600.0
+PROMPTS = (
+    "What is the capital of France?",
+    "Write one sentence about the sea.",
+    "Name three colours.",
+    "What do bees make?",
+    "Give me a synonym for happy.",
+    "How many days are in a week?",
+    "What is water made of?",
+    "Name a large animal that lives in the ocean and say in one sentence what it eats.",
+    "Explain in two sentences why the sky is blue.",
+    "What is the opposite of cold?",
+    "Name a fruit that is yellow.",
+    "Who wrote Romeo and Juliet?",
+    "What language is spoken in Brazil?",
+    "Describe a forest in autumn in one or two sentences, with its colours, its sounds and its smells.",
+    "What is two plus two?",
+    "Name the largest planet of the solar system.",
+)
+NEW_TOKENS = 32
+
+console = Console()
+
+
+def main() -> int:
+    """Pull the model, run the services, show what they do."""
+    slipstream = [sys.executable, "-m", "slipstream_client.cli"]
+    console.rule("[bold]1  The model")
+    subprocess.run([*slipstream, "models", "pull", MODEL], check=True)
+    with tempfile.TemporaryDirectory(prefix="slipstream-demo-") as folder:
+        asyncio.run(show(slipstream, Path(folder)))
+    console.rule("[bold green]done")
+    return 0
+
+
+async def show(slipstream: Sequence[str], folder: Path) -> None:
+    """Everything that needs the services."""
+    base_port = free_base_port()
+    console.rule("[bold]2  The services")
+    async with services(slipstream, folder, base_port), SlipstreamClient(f"127.0.0.1:{base_port}") as client:
+        console.rule("[bold]3  An answer, streamed")
+        await show_stream(client)
+        console.rule("[bold]4  A chat of two turns")
+        await show_chat(client)
+        console.rule("[bold]5  Sixteen prompts at once")
+        await show_batching(client, base_port + 1000)
+
+
+@contextlib.asynccontextmanager
+async def services(slipstream: Sequence[str], folder: Path, base_port: int) -> AsyncIterator[None]:
+    """``slipstream up``, ready; stopped at the end, with its exit code checked."""
+    command = [*slipstream, "up", "--data-dir", str(folder), "--model", MODEL, "--base-port", str(base_port)]
+    console.print(f"$ slipstream {' '.join(command[len(slipstream) :])}", style="dim", highlight=False)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    try:
+        await asyncio.wait_for(_until_ready(process), START_TIMEOUT_S)
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        exit_code = await process.wait()
+    if exit_code != 0:
+        raise SystemExit(f"slipstream up ended with exit code {exit_code}")
+
+
+async def _until_ready(process: asyncio.subprocess.Process) -> None:
+    assert process.stdout is not None
+    async for raw in process.stdout:
+        line = raw.decode().rstrip()
+        console.print(f"  {line}", highlight=False)
+        if line == "ready":
+            return
+    raise SystemExit(f"slipstream up ended with exit code {await process.wait()}")
+
+
+async def show_stream(client: SlipstreamClient) -> None:
+    """One question, token by token."""
+    question = "What is the capital of France?"
+    console.print(f"[cyan]you[/]  {question}")
+    text = await _print_stream(client, [{"role": "user", "content": question}])
+    _require("Paris" in text, "the answer names Paris")
+
+
+async def show_chat(client: SlipstreamClient) -> None:
+    """The second question means nothing without the first."""
+    messages: list[dict[str, str]] = []
+    for question in ("What is the capital of France?", "And of Italy?"):
+        console.print(f"[cyan]you[/]  {question}")
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": await _print_stream(client, messages)})
+    _require("Rome" in messages[-1]["content"], "the second answer depends on the first turn")
+
+
+async def _print_stream(client: SlipstreamClient, messages: Sequence[dict[str, str]]) -> str:
+    start_s = time.perf_counter()
+    console.print("[green]model[/] ", end="")
+    parts: list[str] = []
+    stream = client.stream_complete(messages, do_sample=False, max_new_tokens=48)
+    first_s = 0.0
+    async with stream:
+        async for delta in stream:
+            first_s = first_s or time.perf_counter() - start_s
+            parts.append(delta.text)
+            console.print(delta.text, end="", highlight=False)
+    console.print(f"   [dim]first token after {first_s:.2f} s[/]")
+    return "".join(parts)
+
+
+async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
+    """The same sixteen requests one at a time and all at once."""
+
+    async def answer(prompt: str) -> int:
+        messages = [{"role": "user", "content": prompt}]
+        result = await client.generate(messages, do_sample=False, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        return result.usage.completion_tokens
+
+    async def one_at_a_time() -> list[int]:
+        return [await answer(prompt) for prompt in PROMPTS]
+
+    async def at_once() -> list[int]:
+        return list(await asyncio.gather(*map(answer, PROMPTS)))
+
+    rates: dict[str, float] = {}
+    table = Table("", "mean batch size", "tokens", "seconds", "tokens/s", box=None, pad_edge=False)
+    for name, run in (("one at a time", one_at_a_time), ("all at once", at_once)):
+        steps, rows = await _engine_totals(metrics_port)
+        start_s = time.perf_counter()
+        with console.status(f"{name} ..."):
+            tokens = sum(await run())
+        elapsed_s = time.perf_counter() - start_s
+        await asyncio.sleep(0.5)  # the worker tells its totals four times a second
+        steps, rows = (await _engine_totals(metrics_port))[0] - steps, (await _engine_totals(metrics_port))[1] - rows
+        rates[name] = tokens / elapsed_s
+        table.add_row(name, f"{rows / max(steps, 1):.1f}", str(tokens), f"{elapsed_s:.1f}", f"{rates[name]:.0f}")
+    console.print(table)
+    ratio = rates["all at once"] / rates["one at a time"]
+    console.print(f"batching: [bold]{ratio:.1f} times[/] the throughput of one at a time")
+
+
+async def _engine_totals(metrics_port: int) -> tuple[float, float]:
+    """Steps and rows of the engine so far, from the service's Prometheus port."""
+    text = await asyncio.to_thread(_get, f"http://127.0.0.1:{metrics_port}/metrics")
+    totals = {}
+    for line in text.splitlines():
+        if line.startswith("slipstream_engine_"):
+            name, value = line.rsplit(" ", 1)
+            totals[name.partition("{")[0]] = float(value)
+    return totals.get("slipstream_engine_steps_total", 0.0), totals.get("slipstream_engine_batch_rows_total", 0.0)
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as response:  # noqa: S310 - our own loopback port
+        return str(response.read().decode())
+
+
+def free_base_port() -> int:
+    """A base port whose twelve ports (four services; gRPC, metrics, health) are free now."""
+    start = 20_000 + os.getpid() % 10_000
+    for base in range(start, start + 2_000, 10):
+        if all(_is_free(base + i + offset) for i in range(4) for offset in (0, 1000, 2000)):
+            return base
+    raise SystemExit("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def _require(holds: bool, what: str) -> None:
+    console.print(f"[{'green' if holds else 'red'}]{'✓' if holds else '✗'} {what}[/]")
+    if not holds:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
