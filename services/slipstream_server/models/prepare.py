@@ -40,6 +40,12 @@ from slipstream_server.models.folder import (
 
 # Of these GGUF files the tokenizer splits every digit; the conversion in transformers does not carry that over.
 _SINGLE_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
+_STORED_TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+}
 _MAX_COPIED_BYTES = 256 * 1024 * 1024
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 
@@ -70,13 +76,15 @@ def convert_gguf(source: Path, target: Path, tokenizer: Path | None, dtype: torc
     dequantized = auto_class.from_pretrained(source.parent, dtype=dtype, **place)
     if tokenizer is None:
         fast = AutoTokenizer.from_pretrained(source.parent, **place)
-        _split_digits_as_stored(source, fast)
+        _settle_as_stored(source, fast)
         fast.save_pretrained(target)
     else:
         _write_tokenizer(tokenizer, target)
         fast = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
     plain = _without_quantization(dequantized, auto_class, dtype)
-    plain.generation_config = _generation_config(dequantized.generation_config, fast)
+    generation = _generation_config(dequantized.generation_config, fast)
+    plain.generation_config = generation
+    plain.config.eos_token_id, plain.config.pad_token_id = generation.eos_token_id, generation.pad_token_id
     plain.save_pretrained(target)
 
 
@@ -106,11 +114,16 @@ def _generation_config(stored: GenerationConfig, tokenizer: Any) -> GenerationCo
     )
 
 
-def _split_digits_as_stored(source: Path, tokenizer: Any) -> None:
+def _settle_as_stored(source: Path, tokenizer: Any) -> None:
+    """What the file says of its tokenizer and the conversion leaves out, always or in some versions."""
     from gguf import GGUFReader
 
-    stored = GGUFReader(source).fields.get("tokenizer.ggml.pre")
-    if stored is not None and stored.contents() in _SINGLE_DIGIT_SPLITS:
+    fields = GGUFReader(source).fields
+    for token, key in _STORED_TOKENS.items():
+        if (field := fields.get(f"tokenizer.ggml.{key}")) is not None:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(field.contents())))
+    kind = fields.get("tokenizer.ggml.pre")
+    if kind is not None and kind.contents() in _SINGLE_DIGIT_SPLITS:
         backend = tokenizer.backend_tokenizer
         backend.pre_tokenizer = PreTokenizers([Digits(individual_digits=True), backend.pre_tokenizer])
 

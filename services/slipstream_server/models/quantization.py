@@ -46,8 +46,8 @@ def quantization_config(options: LoadOptions) -> BitsAndBytesConfig:
 def mend_quantized(model: Any) -> None:
     """Work around two habits of bitsandbytes on CPUs.
 
-    Its packed 4-bit format fails in the first forward of a layer whose shape it cannot hold; such layers use the plain one.
-    Its 8-bit product warns once per layer and token that it casts its input.
+    Its packed 4-bit format fails in the first forward of a layer whose shape it cannot hold; such layers use the
+    plain one. Its 8-bit product warns once per layer and token that it casts its input.
     """
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for layer in model.modules():

@@ -175,14 +175,15 @@ class _Resolver:
         ``org/name`` never is.
         """
         roots = self._options.allowed_roots
-        path = Path(spec).expanduser() if roots is None else Path(spec)
+        path = Path(os.path.expanduser(spec)) if roots is None else Path(spec)
         looks_local = path.is_absolute() or spec.startswith(("./", "../", "~")) or spec.endswith(".gguf")
         if roots is not None:
             if not looks_local:
                 return None
             if not path.is_absolute() or not _is_below(path, roots):
                 raise PermissionDenied("source: a local path outside the folders that this server allows for models")
-        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        # os.path answers False where pathlib raises: for names too long to exist.
+        if os.path.isdir(path) or (path.suffix == ".gguf" and os.path.isfile(path)):
             if roots is not None and path.is_dir():
                 _require_files_below(path, roots)
             return path.resolve()
