@@ -8,7 +8,7 @@ fetched and no code of a model is run. In the runner only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ import jinja2
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.pytorch_utils import Conv1D
 
 from slipstream_server.errors import InvalidField, InvalidRequest, ModelLoadFailed
 from slipstream_server.training.failures import ExitStatus, classify
@@ -116,35 +117,52 @@ def put_adapter_on(base: Any, recipe: TrainingRecipe, checkpoint: Path | None) -
     """
     if checkpoint is not None:
         return PeftModel.from_pretrained(base, str(checkpoint), is_trainable=True)
-    _check_modules(base, recipe.adapter)
     set_seed(recipe.hyperparameters.seed)
-    return get_peft_model(base, _lora_config(recipe.adapter))
+    return get_peft_model(base, _lora_config(base, recipe.adapter))
 
 
-def _lora_config(adapter: LoraSettings) -> LoraConfig:
-    is_all_linear = adapter.target_modules == (ALL_LINEAR,)
+def _lora_config(base: Any, adapter: LoraSettings) -> LoraConfig:
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=adapter.rank,
         lora_alpha=adapter.effective_alpha,
         lora_dropout=adapter.dropout,
-        target_modules=ALL_LINEAR if is_all_linear else list(adapter.target_modules) or None,
-        modules_to_save=list(adapter.modules_to_save) or None,
+        target_modules=_target_modules(base, adapter),
+        modules_to_save=_modules_to_save(base, adapter),
         bias=adapter.bias,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
     )
 
 
-def _check_modules(base: Any, adapter: LoraSettings) -> None:
-    """PEFT passes over a name that fits no module as long as another one fits; here every name must fit."""
-    paths = [path for path, module in base.named_modules() if isinstance(module, torch.nn.Linear)]
-    names = sorted({path.rsplit(".", 1)[-1] for path in paths})
+def _target_modules(base: Any, adapter: LoraSettings) -> list[str] | str | None:
+    """The names to adapt. PEFT passes over a name that fits no module as long as another one fits; here each must fit.
+
+    ``all-linear`` becomes the short names it stands for, as PEFT would write out the path of every single module.
+    """
+    head = base.get_output_embeddings()
+    modules = dict(base.named_modules())
+    linear = {path for path, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    if adapter.target_modules == (ALL_LINEAR,):
+        chosen = {path for path in linear if modules[path] is not head}
+        names = sorted({path.rsplit(".", 1)[-1] for path in chosen})
+        is_exact = all(path in chosen for path in modules if path.rsplit(".", 1)[-1] in names)
+        return names if is_exact else ALL_LINEAR
     for name in adapter.target_modules:
-        if name != ALL_LINEAR and not any(path == name or path.endswith(f".{name}") for path in paths):
-            message = f"the model has no linear module {name!r}; it has {', '.join(names)[:500]}"
+        if not _fits(name, linear):
+            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linear}))[:500]
+            message = f"the model has no linear module {name!r}; it has {known}"
             raise InvalidField.of("adapter.target_modules", message)
-    all_paths = [path for path, _ in base.named_modules()]
+    return list(adapter.target_modules) or None
+
+
+def _modules_to_save(base: Any, adapter: LoraSettings) -> list[str] | None:
+    paths = {path for path, _ in base.named_modules()}
     for name in adapter.modules_to_save:
-        if not any(path == name or path.endswith(f".{name}") for path in all_paths):
+        if not _fits(name, paths):
             raise InvalidField.of("adapter.modules_to_save", f"the model has no module {name!r}")
+    return list(adapter.modules_to_save) or None
+
+
+def _fits(name: str, paths: Iterable[str]) -> bool:
+    return any(path == name or path.endswith(f".{name}") for path in paths)

@@ -180,7 +180,8 @@ def _violations(recipe: TrainingRecipe) -> Iterator[FieldViolation]:
 def _adapter_violations(adapter: LoraSettings) -> Iterator[FieldViolation]:
     yield from _choice("adapter.method", adapter.method, ("lora",))
     yield from _integer("adapter.rank", adapter.rank, 1, 1024)
-    yield from _number("adapter.alpha", adapter.effective_alpha, 0.0, 65536.0, False)
+    if adapter.alpha is not None:
+        yield from _number("adapter.alpha", adapter.alpha, 0.0, 65536.0, False)
     yield from _choice("adapter.bias", adapter.bias, get_args(Bias))
     if not 0.0 <= adapter.dropout < 1.0:
         yield FieldViolation("adapter.dropout", f"{adapter.dropout} is not from 0 up to, not including, 1")
