@@ -1,8 +1,8 @@
 """The queue before a model's worker: bounded, by priority, fair to the patient.
 
-Three queues of tickets. The next one is the oldest of the highest priority, where every ``ageing_s`` of waiting lifts a ticket by one priority: after at most
-twice that, LOW stands level with HIGH and wins by age, so that it never starves. Requests and prompt tokens are bounded; over the bound a request is
-refused with an estimate of when to come back.
+Three queues of tickets. The next one is the oldest of the highest priority, where every ``ageing_s`` of waiting lifts a
+ticket by one priority: after at most twice that, LOW stands level with HIGH and wins by age, so that it never starves.
+Requests and prompt tokens are bounded; over the bound a request is refused with an estimate of when to come back.
 
 Plain synchronous code on the event loop; it owns no task and reads no clock but the one it is given.
 """
@@ -68,7 +68,10 @@ class AdmissionQueue(Generic[W]):
             yield from queue.values()
 
     def reserve(self) -> None:
-        """Hold a place while a prompt is tokenized; raises QueueFull. ``release`` gives it back, also before ``put``."""
+        """Hold a place while a prompt is tokenized; raises QueueFull.
+
+        ``release`` gives it back, also before ``put``.
+        """
         if len(self) + self._num_reserved >= self._limits.max_requests:
             raise self._full(f"{self._limits.max_requests} requests wait for the model, as many as may")
         self._num_reserved += 1

@@ -1,8 +1,9 @@
-"""One sequence of a generation: its tokens become text, its stop strings are looked for, its logprobs get their spellings.
+"""One sequence of a generation: its tokens become text, its stop strings are looked for, its logprobs get their
+spellings.
 
-The tokens of a completion are all those generated up to and including the one that ended it, by whatever reason: end-of-sequence, stop token, or the token
-whose text completed a stop string; tokens that the worker had produced beyond that one are dropped. The text ends before the stop string or stop
-token, unless ``include_stop``. Event loop; no I/O.
+The tokens of a completion are all those generated up to and including the one that ended it, by whatever reason:
+end-of-sequence, stop token, or the token whose text completed a stop string; tokens that the worker had produced beyond
+that one are dropped. The text ends before the stop string or stop token, unless ``include_stop``. Event loop; no I/O.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class SequenceText:
         self.finish_reason: FinishReason | None = None
 
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> Piece:
-        """Add tokens; ``finish_reason`` is that of the last one. Nothing may be pushed once the sequence has finished."""
+        """Add tokens; ``finish_reason`` is that of the last one.
+
+        Nothing may be pushed once the sequence has finished.
+        """
         parts: list[str] = []
         for place, token_id in enumerate(token_ids):
             is_last = finish_reason is not None and place == len(token_ids) - 1

@@ -1,12 +1,15 @@
 """Token ids to text as they come: never half a character, and the parts together are the whole.
 
 Two ways, chosen by what the tokenizer decodes with:
-- byte-level (GPT-2 and most since): every token is a string of bytes, so a table and an incremental UTF-8 decoder do, in constant time a token.
-- all others (metaspace, WordPiece, ...): the new token is decoded behind the last one that made text, and the difference is its text. Byte tokens
-  (``<0xE4>``) go through an incremental UTF-8 decoder, so that a character appears when its last byte does. Where such bytes turn out broken, the
-  good characters before them stay; the library's own decoder would turn the whole run of bytes into U+FFFD.
+- byte-level (GPT-2 and most since): every token is a string of bytes, so a table and an incremental UTF-8 decoder do,
+  in constant time a token.
+- all others (metaspace, WordPiece, ...): the new token is decoded behind the last one that made text, and the
+  difference is its text. Byte tokens (``<0xE4>``) go through an incremental UTF-8 decoder, so that a character appears
+  when its last byte does. Where such bytes turn out broken, the good characters before them stay; the library's own
+  decoder would turn the whole run of bytes into U+FFFD.
 
-U+FFFD is given for bytes that can no longer become a character, and at ``finish()`` for those that never did. Event loop; no I/O.
+U+FFFD is given for bytes that can no longer become a character, and at ``finish()`` for those that never did. Event
+loop; no I/O.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class DetokenizerFactory:
         return _ContextDetokenizer(self._tokenizer, skipped)
 
     def spell(self, token_id: int) -> str:
-        """A token's text by itself, in the middle of a text; at most as many entries as the vocabulary are remembered."""
+        """A token's text by itself, as in the middle of a text; remembered for each id of the vocabulary."""
         spelling = self._spellings.get(token_id)
         if spelling is None:
             spelling = self._spellings[token_id] = self._spell(token_id)
@@ -112,7 +115,7 @@ class _ContextDetokenizer:
         broken = self._decoder.decode(b"", True)
         before = self._decode(self._context)
         after = self._decode([*self._context, token_id])
-        # Some decoders strip the first token's leading space: a context that shows as nothing could hide that it was stripped.
+        # Some decoders strip the first token's leading space: one token of context is what tells first from later.
         self._context = [token_id]
         return broken + after[len(before) :]
 
@@ -138,7 +141,7 @@ def _may_be_byte_level(tokenizer: TextTokenizer) -> bool:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-ins: printable Latin-1 characters are themselves, the other bytes follow from U+0100 on."""
+    """GPT-2's printable stand-ins: printable Latin-1 characters are themselves, the others follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}

@@ -4,16 +4,19 @@
       ^                    │
       └──(worker died, no token yet, first time)
 
-A request is in at most one of the two; it leaves by exactly one call of ``finished``, ``fail`` or ``withdraw``. About ``max_rows`` rows are in flight, so that the
-worker never lacks work and the order of the rest stays the queue's to decide. Requests that have seen a worker die are dispatched one at a time, each
-when the one before has its first token: a poisoned request takes nobody without a token along when it kills the next worker.
+A request is in at most one of the two; it leaves by exactly one call of ``finished``, ``fail`` or ``withdraw``. About
+``max_rows`` rows are in flight, so that the worker never lacks work and the order of the rest stays the queue's to
+decide. Requests that have seen a worker die are dispatched one at a time, each when the one before has its first token:
+a poisoned request takes nobody without a token along when it kills the next worker.
 
 Synchronous code on the event loop. Knows nothing of text, processes or restarts.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Callable
@@ -24,8 +27,18 @@ from slipstream_server.errors import DeadlineExceeded, InternalError, Slipstream
 from slipstream_server.inference.admission import AdmissionLimits, AdmissionQueue
 from slipstream_server.inference.calls import Priority
 from slipstream_server.inference.generation import (
-    Admitted, Cancel, Command, EndSequence, Event, Failed, Finished, GenerationRequest, PromptLogprobs, Submit, Tokens,
-)  # fmt: skip
+    Admitted,
+    Cancel,
+    Command,
+    EndSequence,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    PromptLogprobs,
+    Submit,
+    Tokens,
+)
 from slipstream_server.inference.worker_errors import error_of
 
 _log = logging.getLogger(__name__)
@@ -47,7 +60,10 @@ class RequestSink(Protocol):
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Ticket:
-    """A request on its way. ``num_deaths`` counts workers that died with it, ``has_tokens`` says that it cannot start over."""
+    """A request on its way.
+
+    ``num_deaths`` counts workers that died with it, ``has_tokens`` says that it cannot start over.
+    """
 
     request: GenerationRequest
     sink: RequestSink
@@ -68,6 +84,11 @@ class Ticket:
         return len(self.request.prompt_token_ids)
 
     @property
+    def deadline_s(self) -> float:
+        deadline_s = self.request.deadline_monotonic_s
+        return math.inf if deadline_s is None else deadline_s
+
+    @property
     def num_rows(self) -> int:
         return max(self.request.num_return_sequences, self.request.beams.num_beams)
 
@@ -78,14 +99,22 @@ class Dispatcher:
     def __init__(self, *, limits: AdmissionLimits, max_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.queue = AdmissionQueue[Ticket](limits, clock)
         self._max_rows = max_rows
+        self._clock = clock
         self._in_flight: dict[int, Ticket] = {}
         self._num_rows = 0
         self._suspect: Ticket | None = None
         self._send: Callable[[Command], None] | None = None
+        self._idle = asyncio.Event()
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    async def idle(self) -> None:
+        """Returns when no request is queued or in flight."""
+        while self._in_flight or len(self.queue):
+            self._idle.clear()
+            await self._idle.wait()
 
     def submit(self, ticket: Ticket) -> None:
         """Take a request; raises QueueFull."""
@@ -101,7 +130,7 @@ class Dispatcher:
     def expire(self, ticket: Ticket) -> None:
         """The request's deadline has passed."""
         self.withdraw(ticket)
-        ticket.sink.fail(DeadlineExceeded("the deadline passed before the answer was complete"))
+        ticket.sink.fail(_too_late())
 
     def connect(self, send: Callable[[Command], None]) -> None:
         """A worker is ready; ``send`` never blocks."""
@@ -121,6 +150,7 @@ class Dispatcher:
                 ticket.sink.fail(WorkerDied(f"{ticket.num_deaths} workers died while they held this request"))
             else:
                 self.queue.put_back(ticket)
+        self._note_idle()
 
     def fail_all(self, error: SlipstreamError) -> None:
         """End every request there is."""
@@ -129,6 +159,7 @@ class Dispatcher:
             self.queue.remove(ticket)
             self._leave(ticket)
             ticket.sink.fail(error)
+        self._note_idle()
 
     def handle(self, event: Event) -> None:
         """Pass one event of the worker on; events of requests that have left are ignored."""
@@ -167,13 +198,22 @@ class Dispatcher:
     def _pump(self) -> None:
         while self._send is not None and self._suspect is None and (ticket := self.queue.peek()) is not None:
             if self._in_flight and self._num_rows + ticket.num_rows > self._max_rows:
-                return
+                break
+            if ticket.deadline_s <= self._clock():  # its timer is about to fire
+                self.queue.remove(ticket)
+                ticket.sink.fail(_too_late())
+                continue
             self.queue.take(ticket)
             self._in_flight[ticket.id] = ticket
             self._num_rows += ticket.num_rows
             if ticket.num_deaths:
                 self._suspect = ticket
             self._send(Submit(ticket.request))
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._in_flight and not len(self.queue):
+            self._idle.set()
 
     def _leave(self, ticket: Ticket) -> bool:
         self._clear(ticket)
@@ -192,3 +232,7 @@ class Dispatcher:
         assert self.queue.num_prompt_tokens == sum(ticket.num_prompt_tokens for ticket in self.queue)
         assert not {ticket.id for ticket in self.queue} & self._in_flight.keys()
         assert self._suspect is None or self._suspect.id in self._in_flight
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("the deadline passed before the answer was complete")

@@ -2,8 +2,9 @@
 
     open(call) -> resolve model -> tokenize -> resolve fields -> dispatcher -> worker -> GenerationStream
 
-Lives on one event loop, between ``start`` and ``close``. Every long task is held by one TaskGroup; the first that dies unforeseen stops the front, and
-``wait_stopped`` raises its error, so that the service ends loudly instead of limping. Never imports torch.
+Lives on one event loop, between ``start`` and ``close``. Every long task is held by one TaskGroup; the first that dies
+unforeseen stops the front, and ``wait_stopped`` raises its error, so that the service ends loudly instead of limping.
+Never imports torch.
 """
 
 from __future__ import annotations
@@ -11,35 +12,33 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
 from slipstream_server.errors import (
-    DeadlineExceeded, Draining, ModelNotFound, ResourceExists, SlipstreamError, Unavailable, UnsupportedField,
-)  # fmt: skip
+    DeadlineExceeded,
+    Draining,
+    ModelNotFound,
+    ResourceExists,
+    SlipstreamError,
+    Unavailable,
+    UnsupportedField,
+)
 from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.calls import GenerateCall, Prompt, StartedEvent
-from slipstream_server.inference.dispatcher import Dispatcher
 from slipstream_server.inference.expected import ExpectedModels
 from slipstream_server.inference.generation import AdapterPin
-from slipstream_server.inference.metrics import InferenceMetrics, ModelMetrics
-from slipstream_server.inference.prompts import PromptEncoder
-from slipstream_server.inference.resolve import ResolveLimits, check_call, resolve
+from slipstream_server.inference.metrics import InferenceMetrics
+from slipstream_server.inference.resolve import check_call, resolve
+from slipstream_server.inference.served_model import ModelPlan as ModelPlan
+from slipstream_server.inference.served_model import ServedModel
 from slipstream_server.inference.streams import GenerationStream
-from slipstream_server.inference.supervisor import ModelState, ModelStatus, RestartPolicy, WorkerSupervisor, not_ready
+from slipstream_server.inference.supervisor import ModelStatus, RestartPolicy
 from slipstream_server.inference.tokenizer import TokenSpan
-from slipstream_server.inference.worker_config import WorkerConfig, worker_command
-from slipstream_server.inference.worker_process import WorkerLaunch
-from slipstream_server.models.facts import ModelFacts
-
-_log = logging.getLogger(__name__)
 
 AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
 """Model and adapter as a request names it (empty: the model's default) to an immutable version; None is the base."""
@@ -49,41 +48,12 @@ AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
 class FrontConfig:
     """Bounds of the front; those of ``admission`` count for each model."""
 
-    admission: AdmissionLimits = AdmissionLimits()
-    restart: RestartPolicy = RestartPolicy()
+    admission: AdmissionLimits = field(default_factory=AdmissionLimits)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
     tokenizer_threads: int = 2
     write_timeout_s: float = 60.0
     drain_retry_after_s: float = 5.0
     default_model: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPlan:
-    """A model to serve: its prepared folder (for the tokenizer), its facts, and how its worker is to run it.
-
-    ``launch`` replaces the command that ``worker`` stands for. ``max_context_tokens`` bounds the context below the
-    model's own. ``source`` and ``revision`` say where it came from; never a path.
-    """
-
-    name: str
-    folder: Path
-    facts: ModelFacts
-    worker: WorkerConfig
-    launch: WorkerLaunch | None = None
-    max_context_tokens: int | None = None
-    source: str = ""
-    revision: str = ""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class _ServedModel:
-    plan: ModelPlan
-    limits: ResolveLimits
-    metrics: ModelMetrics
-    dispatcher: Dispatcher
-    supervisor: WorkerSupervisor
-    encoder: PromptEncoder | None = None
-    task: asyncio.Task[None] | None = None
 
 
 class InferenceFront:
@@ -99,7 +69,7 @@ class InferenceFront:
         self._config = config
         self._resolve_adapter = resolve_adapter
         self._metrics = InferenceMetrics(registry or CollectorRegistry())
-        self._models: dict[str, _ServedModel] = {}
+        self._models: dict[str, ServedModel] = {}
         self._expected = ExpectedModels()
         self._streams: dict[GenerationStream, asyncio.TimerHandle | None] = {}
         self._request_ids = itertools.count(1)
@@ -158,6 +128,8 @@ class InferenceFront:
                         model.task.cancel()
         finally:
             self._is_draining = True
+            self._stop.set()
+            self._notify()
             for stream in list(self._streams):
                 stream.fail(Unavailable("the service has stopped"))
 
@@ -179,35 +151,32 @@ class InferenceFront:
         self._notify()
 
     def add_model(self, plan: ModelPlan) -> None:
-        """Serve a model from now on; it starts as LOADING. Raises ResourceExists, or InvalidField for facts that cannot be served."""
+        """Serve a model from now on; it starts as LOADING.
+
+        Raises ResourceExists, or InvalidField for facts that cannot be served.
+        """
         if plan.name in self._models:
             raise ResourceExists(f"model {plan.name} is loaded already")
         if self._tasks is None or self._is_draining:
             raise Draining("the service is going down", retry_after_s=self._config.drain_retry_after_s)
-        limits = ResolveLimits.of(plan.facts, max_context_tokens=plan.max_context_tokens)
-        metrics = self._metrics.of_model(plan.name)
-        dispatcher = Dispatcher(limits=self._config.admission, max_rows=2 * plan.worker.max_batch_size)
-        supervisor = WorkerSupervisor(
-            status=ModelStatus(model=plan.name),
-            launch=plan.launch or WorkerLaunch(command=partial(worker_command, plan.worker)),
-            dispatcher=dispatcher,
-            policy=self._config.restart,
-            metrics=metrics,
+        model = ServedModel(
+            plan,
+            admission=self._config.admission,
+            restart=self._config.restart,
+            metrics=self._metrics.of_model(plan.name),
             on_change=self._notify,
         )
-        model = _ServedModel(plan=plan, limits=limits, metrics=metrics, dispatcher=dispatcher, supervisor=supervisor)
         self._models[plan.name] = model
         self._expected.arrived(plan.name)
-        model.task = self._tasks.create_task(self._serve(model), name=f"model-{plan.name}")
+        model.task = self._tasks.create_task(model.serve(self._threads), name=f"model-{plan.name}")
         self._notify()
 
     async def remove_model(self, name: str, *, grace_s: float = 0.0) -> None:
         """Stop serving a model: no new requests, the running ones get ``grace_s``. Raises ModelNotFound."""
         model = self._find(name)
         model.supervisor.unloading()
-        deadline_s = time.monotonic() + grace_s
-        while self._num_streams(name) and time.monotonic() < deadline_s:
-            await asyncio.sleep(min(0.05, grace_s))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(model.dispatcher.idle(), grace_s)
         model.dispatcher.fail_all(Unavailable(f"model {name} was unloaded"))
         if model.task is not None:
             model.task.cancel()
@@ -218,13 +187,13 @@ class InferenceFront:
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Every model as it stands, by name."""
-        served = (model.supervisor.status for model in self._models.values())
+        served = (model.status for model in self._models.values())
         return tuple(sorted((*self._expected, *served), key=lambda status: status.model))
 
     def status(self, name: str) -> ModelStatus:
         """One model as it stands (empty: the default one); raises ModelNotFound."""
         name = name or self._default_model()
-        return self._expected[name] if name in self._expected else self._find(name).supervisor.status
+        return self._expected[name] if name in self._expected else self._find(name).status
 
     def plan(self, name: str) -> ModelPlan | None:
         """How a model is served; None while it is only announced. Raises ModelNotFound."""
@@ -246,17 +215,7 @@ class InferenceFront:
         for changed in self._subscribers:
             changed.set()
 
-    async def _serve(self, model: _ServedModel) -> None:
-        """One model's task: its tokenizer, then its workers."""
-        try:
-            model.encoder = await PromptEncoder.load(model.plan.folder, self._threads)
-        except SlipstreamError as error:
-            _log.error("model %s: %s", model.plan.name, error.message)
-            model.supervisor.fail(error)
-            await asyncio.Event().wait()
-        await model.supervisor.run()
-
-    def _find(self, name: str) -> _ServedModel:
+    def _find(self, name: str) -> ServedModel:
         name = name or self._default_model()
         if name in self._expected:
             raise self._expected.why_not(name)
@@ -277,15 +236,15 @@ class InferenceFront:
     async def open(self, call: GenerateCall) -> GenerationStream:
         """Validate, tokenize and queue a request. The stream must be read to its end or closed.
 
-        Raises InvalidField, UnsupportedField, PromptTooLong, WrongState, ModelNotFound, ModelNotReady, QueueFull, Draining or DeadlineExceeded.
+        Raises InvalidField, UnsupportedField, PromptTooLong, WrongState, ModelNotFound, ModelNotReady, QueueFull,
+        Draining or DeadlineExceeded.
         """
         model = self._ready(call.model)
         check_call(call, model.limits)
         arrival_s = time.monotonic()
-        assert model.encoder is not None
         model.dispatcher.queue.reserve()
         try:
-            prompt = await model.encoder.encode(
+            prompt = await model.text.encode(
                 call.prompt,
                 vocab_size=model.limits.vocab_size,
                 context_tokens=model.limits.context_tokens,
@@ -311,7 +270,7 @@ class InferenceFront:
             response=call.response,
             stop=call.stopping.stop,
             echo_text=prompt.text,
-            detokenizers=model.encoder.detokenizers,
+            detokenizers=model.text.detokenizers,
             observer=model.metrics,
             on_leave=self._left,
         )
@@ -322,21 +281,18 @@ class InferenceFront:
 
     async def tokenize(self, model: str, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
         """The tokens of ``text`` and the characters they cover."""
-        return await self._encoder(model).spans(text, add_special_tokens=add_special_tokens)
+        return await self._find(model).text.spans(text, add_special_tokens=add_special_tokens)
 
     async def detokenize(self, model: str, token_ids: tuple[int, ...], *, skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``."""
-        vocab_size = self._find(model).limits.vocab_size
-        return await self._encoder(model).decode(
-            token_ids, vocab_size=vocab_size, skip_special_tokens=skip_special_tokens
-        )
+        found = self._find(model)
+        vocab_size = found.limits.vocab_size
+        return await found.text.decode(token_ids, vocab_size=vocab_size, skip_special_tokens=skip_special_tokens)
 
     async def count_tokens(self, model: str, prompt: Prompt) -> int:
-        """How many tokens ``open`` would make of a prompt. A text hopelessly longer than the context is PromptTooLong here too."""
-        limits = self._find(model).limits
-        encoded = await self._encoder(model).encode(
-            prompt, vocab_size=limits.vocab_size, context_tokens=limits.context_tokens
-        )
+        """How many tokens ``open`` would make of a prompt, be it longer than the context."""
+        found = self._find(model)
+        encoded = await found.text.encode(prompt, vocab_size=found.limits.vocab_size, context_tokens=None)
         return len(encoded.token_ids)
 
     def context_tokens(self, model: str) -> int:
@@ -352,23 +308,12 @@ class InferenceFront:
         """Requests whose end has not been read yet."""
         return len(self._streams)
 
-    def _num_streams(self, name: str) -> int:
-        return sum(stream.model == name for stream in self._streams)
-
-    def _ready(self, name: str) -> _ServedModel:
+    def _ready(self, name: str) -> ServedModel:
         if self._is_draining:
             raise Draining("the service is going down", retry_after_s=self._config.drain_retry_after_s)
         model = self._find(name)
-        if model.supervisor.status.state is not ModelState.READY:
-            raise not_ready(model.supervisor.status, model.supervisor.retry_after_s)
+        model.check_ready()
         return model
-
-    def _encoder(self, name: str) -> PromptEncoder:
-        """Tokenizing needs no worker: it works as soon as the tokenizer is read."""
-        model = self._find(name)
-        if model.encoder is None:
-            raise not_ready(model.supervisor.status, model.supervisor.retry_after_s)
-        return model.encoder
 
     async def _adapter(self, model: str, adapter: str) -> AdapterPin | None:
         if self._resolve_adapter is not None:
@@ -377,7 +322,7 @@ class InferenceFront:
             raise UnsupportedField.of("adapter", "this service has no adapter registry")
         return None
 
-    def _hold(self, stream: GenerationStream, model: _ServedModel) -> None:
+    def _hold(self, stream: GenerationStream, model: ServedModel) -> None:
         deadline_s = stream.ticket.request.deadline_monotonic_s
         loop = asyncio.get_running_loop()
         timer = None

@@ -1,9 +1,12 @@
 """Prometheus metrics of the inference front, under vLLM's nouns. Event loop; the registry is the caller's.
 
-Every metric has the label ``model``. Engine totals come from the worker's Stats, which count from the worker's start; here they go on over restarts.
+Every metric has the label ``model``. Engine totals come from the worker's Stats, which count from the worker's start;
+here they go on over restarts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -41,8 +44,10 @@ class InferenceMetrics:
         self.engine_steps = counter("engine_steps", "Steps of the engine.")
         self.engine_batch_rows = counter("engine_batch_rows", "Rows over all steps of the engine.")
         self._per_model = (
-            self.num_requests_running, self.num_requests_waiting, self.kv_cache_tokens,
-        )  # fmt: skip
+            self.num_requests_running,
+            self.num_requests_waiting,
+            self.kv_cache_tokens,
+        )
 
     def of_model(self, model: str) -> ModelMetrics:
         return ModelMetrics(self, model)
@@ -59,8 +64,6 @@ class ModelMetrics:
     def __init__(self, metrics: InferenceMetrics, model: str) -> None:
         self._metrics = metrics
         self._model = model
-        self._running = metrics.num_requests_running.labels(model)
-        self._waiting = metrics.num_requests_waiting.labels(model)
         self._kv_tokens = metrics.kv_cache_tokens.labels(model)
         self._first_token = metrics.time_to_first_token.labels(model)
         self._inter_token = metrics.inter_token_latency.labels(model)
@@ -73,9 +76,10 @@ class ModelMetrics:
         self._last_steps = 0
         self._last_rows = 0
 
-    def load(self, *, running: int, waiting: int) -> None:
-        self._running.set(running)
-        self._waiting.set(waiting)
+    def watch(self, *, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Ask these whenever the metrics are read."""
+        self._metrics.num_requests_running.labels(self._model).set_function(running)
+        self._metrics.num_requests_waiting.labels(self._model).set_function(waiting)
 
     def engine(self, stats: Stats) -> None:
         self._kv_tokens.set(stats.kv_tokens)

@@ -1,7 +1,7 @@
 """From a caller's prompt to token ids: validates text, renders chats, tokenizes on threads of its own.
 
-Runs on the event loop; the work itself is done by a small pool of threads, since a long text takes seconds and ``tokenizers`` releases the GIL. Knows
-nothing of queues or workers.
+Runs on the event loop; the work itself is done by a small pool of threads, since a long text takes seconds and
+``tokenizers`` releases the GIL. Knows nothing of queues or workers.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class PromptEncoder:
     async def encode(
         self, prompt: Prompt, *, vocab_size: int, context_tokens: int | None, with_text: bool = False
     ) -> EncodedPrompt:
-        """Raises InvalidField, UnsupportedField, WrongState (no chat template) or PromptTooLong (hopelessly long text)."""
+        """Raises InvalidField, WrongState (no chat template) or PromptTooLong (not worth tokenizing)."""
         match prompt:
             case TokenPrompt():
                 check_token_ids(prompt.token_ids, vocab_size, "token_ids.ids")
@@ -68,7 +68,6 @@ class PromptEncoder:
                 self._check_length(prompt.text, context_tokens)
                 return await self._run(self._encode_text, prompt.text, prompt.add_special_tokens, with_text)
             case ChatPrompt():
-                self._check_chat(prompt)
                 return await self._run(self._encode_chat, prompt, context_tokens, with_text)
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
@@ -95,8 +94,8 @@ class PromptEncoder:
         return EncodedPrompt(token_ids=ids, text=text if with_text else "")
 
     def _encode_chat(self, chat: ChatPrompt, context_tokens: int | None, with_text: bool) -> EncodedPrompt:
-        assert self.template is not None
-        rendered = self.template.render(
+        template = self._check_chat(chat)
+        rendered = template.render(
             [template_message(message) for message in chat.messages],
             tools=chat.tools,
             special_tokens=self.tokenizer.special_tokens,
@@ -106,7 +105,7 @@ class PromptEncoder:
         self._check_length(rendered, context_tokens)
         return self._encode_text(rendered, False, with_text)
 
-    def _check_chat(self, chat: ChatPrompt) -> None:
+    def _check_chat(self, chat: ChatPrompt) -> ChatTemplate:
         if self.template is None:
             raise WrongState("chat: the model has no chat template", metadata={"state": "NO_CHAT_TEMPLATE"})
         check_messages(chat.messages, chat.continue_final_message)
@@ -119,6 +118,7 @@ class PromptEncoder:
                 )
         _check_json("chat.tools", list(chat.tools))
         _check_json("chat.template_parameters", dict(chat.template_parameters))
+        return self.template
 
     def _check_length(self, text: str, context_tokens: int | None) -> None:
         """A text too long for the context even if it were made of the longest tokens is not worth tokenizing."""
@@ -163,6 +163,8 @@ def check_characters(text: str, field: str) -> None:
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, field: str) -> None:
     if not token_ids:
         raise InvalidField.of(field, "is empty; at least one token")
+    if min(token_ids) >= 0 and max(token_ids) < vocab_size:
+        return
     for place, token_id in enumerate(token_ids):
         if not 0 <= token_id < vocab_size:
             raise InvalidField.of(f"{field}[{place}]", f"{token_id} is not in the vocabulary (0 to {vocab_size - 1})")

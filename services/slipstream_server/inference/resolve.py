@@ -1,9 +1,10 @@
 """From what a caller asks to what the worker does: every field checked, every default filled in, nothing dropped.
 
-Unset fields take the model's own generation_config, then the contract's defaults. Sampling is off unless the request or the generation_config switches
-it on. A request that sets a field which only sampling can honour (a temperature above 0, top_k, top_p, min_p, typical_p; neutral values and the seed aside) while
-sampling is off is an InvalidField that says so: transformers would ignore such a field with a warning, OpenAI would sample, and either guess
-would surprise somebody. Temperature 0 means greedy whatever do_sample says.
+Unset fields take the model's own generation_config, then the contract's defaults. Sampling is off unless the request or
+the generation_config switches it on. A request that sets a field which only sampling can honour (a temperature above 0,
+top_k, top_p, min_p, typical_p; neutral values and the seed aside) while sampling is off is an InvalidField that says
+so: transformers would ignore such a field with a warning, OpenAI would sample, and either guess would surprise
+somebody. Temperature 0 means greedy whatever do_sample says.
 
 Pure functions; any thread. Field names in errors are those of the protobuf contract.
 """
@@ -243,7 +244,7 @@ def _stopping(choice: StoppingChoice, facts: ModelFacts, limits: ResolveLimits, 
 
 
 def _default_max_new_tokens(facts: ModelFacts, prompt_tokens: int) -> int:
-    """What the generation_config says; its max_length counts a decoder's prompt, or an encoder-decoder's start token."""
+    """What the generation_config says. Its max_length counts a decoder's prompt, or an encoder-decoder's start."""
     if facts.generation.max_new_tokens:
         return facts.generation.max_new_tokens
     if facts.generation.max_length:

@@ -1,7 +1,8 @@
 """Stop strings: the first of several texts that appears in a stream, however the stream is cut into pieces.
 
-The match that is complete first wins; of those complete at the same character, the longest. Text that may be the beginning of a stop string is held
-back until it turns out not to be. One automaton (Aho and Corasick, 1975) follows all strings at once, so the cost is linear in the text.
+The match that is complete first wins; of those complete at the same character, the longest. Text that may be the
+beginning of a stop string is held back until it turns out not to be. One automaton (Aho and Corasick, 1975) follows all
+strings at once, so the cost is linear in the text.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ class StopScanner:
         self._held = ""
 
     def push(self, text: str) -> StopMatch:
-        """The text that cannot be part of a stop string any more, or all text before the stop string that ``text`` completes."""
+        """The text that cannot be part of a stop string any more, or all text before the stop string that ``text``
+        completes.
+        """
         automaton, state = self._automaton, self._state
         for position, char in enumerate(text):
             state = automaton.step(state, char)

@@ -1,8 +1,9 @@
 """A generation as its reader sees it: started, deltas, finished, each in its place and the end exactly once.
 
-The worker's events come in as they happen; the reader takes them when it can. In between stands one pending delta for each sequence, into which further ones
-merge while the reader lags, so that what is buffered is bounded by the answer itself. Whoever stops reading (``aclose``, a cancelled ``__anext__``, the
-end of ``async with``) frees the worker's row at once; a reader that does not come back for longer than the front allows is cut off (SlowReader).
+The worker's events come in as they happen; the reader takes them when it can. In between stands one pending delta for
+each sequence, into which further ones merge while the reader lags, so that what is buffered is bounded by the answer
+itself. Whoever stops reading (``aclose``, a cancelled ``__anext__``, the end of ``async with``) frees the worker's row
+at once; a reader that does not come back for longer than the front allows is cut off (SlowReader).
 
 One stream has one reader. Event loop.
 """
@@ -18,8 +19,13 @@ from typing import Protocol, Self
 
 from slipstream_server.errors import InternalError, SlipstreamError, SlowReader
 from slipstream_server.inference.calls import (
-    DeltaEvent, FinishedEvent, GenerateEvent, PositionLogprobs, ResponseChoice, StartedEvent,
-)  # fmt: skip
+    DeltaEvent,
+    FinishedEvent,
+    GenerateEvent,
+    PositionLogprobs,
+    ResponseChoice,
+    StartedEvent,
+)
 from slipstream_server.inference.completion import SequenceText, position_logprobs
 from slipstream_server.inference.detokenizer import DetokenizerFactory
 from slipstream_server.inference.dispatcher import Ticket
@@ -116,7 +122,10 @@ class GenerationStream:
         return self
 
     async def __anext__(self) -> GenerateEvent:
-        """The next event; raises the request's failure after the events that came before it. Cancelling it closes the stream."""
+        """The next event; raises the request's failure after the events that came before it.
+
+        Cancelling it closes the stream.
+        """
         while not self._is_over:
             event = self._take()
             if event is not None:

@@ -1,7 +1,8 @@
 """Keeps one model's worker alive: starts it, passes its events on, starts another when it dies.
 
-Deaths are answered with exponentially longer pauses; after too many without a stable life between them the model is FAILED, its requests are failed with the reason, and
-a new worker is tried only now and then. A model that cannot be loaded at all stays FAILED until somebody unloads it; one that had been ready before is tried again.
+Deaths are answered with exponentially longer pauses; after too many without a stable life between them the model is
+FAILED, its requests are failed with the reason, and a new worker is tried only now and then. A model that cannot be
+loaded at all stays FAILED until somebody unloads it; one that had been ready before is tried again.
 
 One task of the front runs ``run`` until it is cancelled; the worker ends with it.
 """
@@ -17,7 +18,7 @@ from enum import StrEnum
 
 from slipstream_server.errors import ModelNotReady, SlipstreamError, WorkerDied
 from slipstream_server.inference.dispatcher import Dispatcher
-from slipstream_server.inference.generation import Event, Loading, LoadFailed, Ready, Stats
+from slipstream_server.inference.generation import Event, LoadFailed, Loading, Ready, Stats
 from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.inference.worker_process import WorkerGone, WorkerLaunch, WorkerProcess, spawn_worker
@@ -37,7 +38,10 @@ class ModelState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelStatus:
-    """One model as others see it. ``progress`` (0 to 1) and ``stage`` tell of a load under way; ``error`` why it FAILED."""
+    """One model as others see it.
+
+    ``progress`` (0 to 1) and ``stage`` tell of a load under way; ``error`` why it FAILED.
+    """
 
     model: str
     state: ModelState = ModelState.LOADING
@@ -127,7 +131,6 @@ class WorkerSupervisor:
                 async for events in worker.events():
                     for event in events:
                         self._take(event, worker)
-                    self._metrics.load(running=self._dispatcher.num_in_flight, waiting=len(self._dispatcher.queue))
         except OSError as error:
             raise WorkerGone(f"could not be started ({error.strerror})") from error
         finally:

@@ -1,12 +1,13 @@
 """Text to token ids and back, as transformers' AutoTokenizer would do it, without importing torch.
 
-Reads ``tokenizer.json`` through the ``tokenizers`` library and honours what ``tokenizer_config.json`` says on top of it: named and added special tokens,
-splitting of special tokens. Beginning and end tokens are the post-processor's alone: where there is a tokenizer.json, transformers ignores
-``add_bos_token`` and ``add_eos_token`` too. Two things differ from transformers on purpose: the legacy clean-up of spaces before punctuation is never
-applied, because a stream cannot take text back, and nothing is ever truncated or padded.
+Reads ``tokenizer.json`` through the ``tokenizers`` library and honours what ``tokenizer_config.json`` says on top of
+it: named and added special tokens, splitting of special tokens. Beginning and end tokens are the post-processor's
+alone: where there is a tokenizer.json, transformers ignores ``add_bos_token`` and ``add_eos_token`` too. Two things
+differ from transformers on purpose: the legacy clean-up of spaces before punctuation is never applied, because a stream
+cannot take text back, and nothing is ever truncated or padded.
 
-Methods block for as long as the text is long; ``prompts.py`` calls them on its own threads (the library releases the GIL). The object is immutable
-after loading and may be shared by threads. Knows nothing of requests.
+Methods block for as long as the text is long; ``prompts.py`` calls them on its own threads (the library releases the
+GIL). The object is immutable after loading and may be shared by threads. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenSpan:
-    """A token and the characters it covers, counted in code points; ``start == end`` for special tokens that were added."""
+    """A token and the characters it covers, counted in code points; ``start == end`` for special tokens that were
+    added.
+    """
 
     token_id: int
     token: str
@@ -48,7 +51,9 @@ class TextTokenizer:
         self.special_tokens = _named_special_tokens(config)
         _add_missing_tokens(backend, config, self.special_tokens)
         backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        self.special_ids = frozenset(id for id, token in backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = frozenset(
+            place for place, token in backend.get_added_tokens_decoder().items() if token.special
+        )
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.max_token_chars = max(map(len, backend.get_vocab(with_added_tokens=True)), default=1)
 
@@ -75,8 +80,8 @@ class TextTokenizer:
         """The tokens of ``text`` with the characters they cover."""
         encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         return [
-            TokenSpan(token_id=id, token=token, start=start, end=end)
-            for id, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+            TokenSpan(token_id=token_id, token=token, start=start, end=end)
+            for token_id, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
         ]
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

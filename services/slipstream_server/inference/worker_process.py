@@ -1,8 +1,8 @@
 """One worker process and the socket to it, from spawn to reaping.
 
-The front listens on a unix socket in a directory that only its user can enter, starts the worker with that path, takes exactly one connection (from that very
-process) and unlinks the path. Leaving the context ends the process: asked, told, then killed with whatever it started. Event loop. Knows frames, not what
-they mean for requests.
+The front listens on a unix socket in a directory that only its user can enter, starts the worker with that path, takes
+exactly one connection (from that very process) and unlinks the path. Leaving the context ends the process: asked, told,
+then killed with whatever it started. Event loop. Knows frames, not what they mean for requests.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ from pathlib import Path
 import msgspec
 
 from slipstream_server.inference.generation import (
-    MAX_FRAME_BYTES, Command, Event, Shutdown, decode_events, encode_command,
-)  # fmt: skip
+    MAX_FRAME_BYTES,
+    Command,
+    Event,
+    Shutdown,
+    decode_events,
+    encode_command,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +41,10 @@ _STDERR = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLaunch:
-    """How to start a worker. ``command`` gives the argument list for a socket's path; ``stop_grace_s`` is what it gets to end by itself."""
+    """How to start a worker.
+
+    ``command`` gives the argument list for a socket's path; ``stop_grace_s`` is what it gets to end by itself.
+    """
 
     command: Callable[[Path], Sequence[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -90,7 +98,10 @@ class WorkerProcess:
 
 @asynccontextmanager
 async def spawn_worker(launch: WorkerLaunch) -> AsyncIterator[WorkerProcess]:
-    """Start a worker and connect to it; raises WorkerGone when it does not come. Leaving ends it, however it is left."""
+    """Start a worker and connect to it; raises WorkerGone when it does not come.
+
+    Leaving ends it, however it is left.
+    """
     directory = Path(tempfile.mkdtemp(prefix="slipstream-"))  # mode 0700
     try:
         async with _listening(directory / "worker.sock") as connection:
@@ -129,7 +140,7 @@ async def _listening(path: Path) -> AsyncIterator[asyncio.Queue[_Connection]]:
         yield connections
     finally:
         server.close()
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 (a directory entry of our own)
         while not connections.empty():
             connections.get_nowait()[1].close()
 

@@ -7,13 +7,15 @@ import time
 import pytest
 
 from slipstream_server.errors import InvalidField
-from slipstream_server.inference.chat_template import ChatTemplate, RenderLimits
+from slipstream_server.inference.chat_template import ChatTemplate
+from slipstream_server.inference.template_sandbox import RenderLimits
 
 GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = OPERATION %}{% endfor %}"
 HOSTILE = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested_silent_loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "nested_loops_over_texts": "{% set s = 'a' * 3000 %}{% for a in s %}{% for b in s %}{% for c in s %}{% endfor %}{% endfor %}{% endfor %}",
+    "nested_loops_over_texts": "{% set s = 'a' * 3000 %}{% for a in s %}{% for b in s %}{% for c in s %}"
+    "{% endfor %}{% endfor %}{% endfor %}",
     "macro_doubling": "{% macro f(n) %}{% if n > 0 %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(200) }}",
     "macro_for_ever": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "loop_for_ever": "{% for i in range(1) recursive %}{{ loop(range(2)) }}{% endfor %}",

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
-from unit.inference.tokenizer_folders import KINDS, byte_level, save_folder, with_bos
 
 from slipstream_server.errors import InvalidField, ModelLoadFailed
 from slipstream_server.inference.calls import ChatMessage
 from slipstream_server.inference.chat_template import ChatTemplate
 from slipstream_server.inference.prompts import template_message
 from slipstream_server.inference.tokenizer import TextTokenizer
+from unit.inference.tokenizer_folders import KINDS, byte_level, save_folder, with_bos
 
 TEXTS = [
     "hello world",
@@ -117,10 +117,13 @@ def test_a_continued_message_equals_apply_chat_template(folder: Path, final: str
 
 
 TEMPLATES = {
-    "loops": "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}{% if loop.first %}{% continue %}{% endif %}x{% break %}{% endfor %}",
-    "concat": "{% set ns = namespace(s='') %}{% for m in messages %}{% set ns.s = ns.s ~ m.content ~ 1 ~ none %}{% endfor %}{{ ns.s }}",
+    "loops": "{% for m in messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+    "{% if loop.first %}{% continue %}{% endif %}x{% break %}{% endfor %}",
+    "concat": "{% set ns = namespace(s='') %}"
+    "{% for m in messages %}{% set ns.s = ns.s ~ m.content ~ 1 ~ none %}{% endfor %}{{ ns.s }}",
     "macro": "{% macro f(m) -%} [{{ m.role | upper }}] {%- endmacro %}{% for m in messages %}{{ f(m) }}{% endfor %}",
-    "filters": "{{ messages | map(attribute='content') | join('|') | trim | indent(2) }}{{ 'a' * 3 }}{{ '%s-%d' % ('x', 3) }}",
+    "filters": "{{ messages | map(attribute='content') | join('|') | trim | indent(2) }}"
+    "{{ 'a' * 3 }}{{ '%s-%d' % ('x', 3) }}",
     "blocks": "  {% if true %}\n    a\n  {% endif %}\n{%- if messages | length > 1 %} b{% endif %}\n",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "json": "{{ messages | tojson }}{{ messages[0] | tojson(indent=2, sort_keys=True) }}{{ {'a': '<é>'} | tojson }}",
