@@ -56,9 +56,9 @@ slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
 demo: $(STAMP) ## start everything on this machine with a small real model, and use it
-	$(BIN)/python -m tests.demo
+	$(BIN)/python clients/python/demo.py
 
-bench-serving: $(STAMP) ## throughput against transformers' generate, as JSON lines
+bench-serving: $(STAMP) ## batching against one at a time, and the hop, as JSON lines
 	$(BIN)/python -m tests.bench.serving
 
 proto: $(STAMP) ## write the stubs anew from the .proto files

@@ -2,12 +2,13 @@
 
 ``python -m slipstream_server.cli SERVICE [FLAGS]`` is the same as ``slipstream serve SERVICE [FLAGS]``. Every setting
 of ``config.describe`` is a flag; nothing here knows one by name. Services are composed by
-``slipstream_server.rpc.<service>.app.run(settings)``, which returns the exit code.
+``slipstream_server.rpc.<service>.app.run(settings)``, plain or a coroutine, which returns the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import ctypes
 import importlib
 import importlib.util
@@ -93,7 +94,8 @@ def serve(service: str, argv: Sequence[str]) -> int:
 def _run(service: str, settings: Settings) -> int:
     app = importlib.import_module(f"slipstream_server.rpc.{service}.app")
     try:
-        return int(app.run(settings) or 0)
+        exit_code: int = asyncio.run(app.run(settings))
+        return exit_code
     except ConfigError as error:
         return _refuse(error.problems)
     except SlipstreamError as error:

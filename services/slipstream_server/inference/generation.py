@@ -201,7 +201,7 @@ def frame(payload: bytes) -> bytes:
 
 
 _encoder = msgspec.msgpack.Encoder()
-_command_decoder = msgspec.msgpack.Decoder(Command)
+_command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _events_decoder = msgspec.msgpack.Decoder(list[Event])
 
 

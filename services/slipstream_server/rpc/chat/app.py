@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from slipstream.chat.v1 import chat_service_pb2_grpc as chat_grpc
 from slipstream_server.chat.conversations import Conversations
 from slipstream_server.chat.tables import SCHEMA
@@ -18,12 +16,8 @@ from slipstream_server.storage.database import Database, DatabaseConfig
 from slipstream_server.storage.migrations import migrate
 
 
-def run(settings: Settings) -> int:
+async def run(settings: Settings) -> int:
     """Serve until SIGTERM; the exit code."""
-    return asyncio.run(_serve(settings))
-
-
-async def _serve(settings: Settings) -> int:
     database = Database(database_config(settings.chat.database_url, settings, "chat"))
     await migrate(database, SCHEMA)
     conversations = Conversations(database)

@@ -37,12 +37,8 @@ log = logging.getLogger(__name__)
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
 
 
-def run(settings: Settings) -> int:
+async def run(settings: Settings) -> int:
     """Serve until SIGTERM; the exit code."""
-    return asyncio.run(_serve(settings))
-
-
-async def _serve(settings: Settings) -> int:
     config = settings.inference
     wanted = wanted_models(config)
     default_model = config.default_model or next(iter(wanted))
