@@ -20,7 +20,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
-from slipstream_server.inference.tokenizer import TextTokenizer
+from slipstream_server.models.tokenizer import TextTokenizer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _utf8_decoder = codecs.getincrementaldecoder("utf-8")

@@ -38,7 +38,7 @@ from slipstream_server.inference.served_model import ModelPlan as ModelPlan
 from slipstream_server.inference.served_model import ServedModel
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.supervisor import ModelStatus, RestartPolicy
-from slipstream_server.inference.tokenizer import TokenSpan
+from slipstream_server.models.tokenizer import TokenSpan
 
 AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
 """Model and adapter as a request names it (empty: the model's default) to an immutable version; None is the base."""

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 from slipstream_server.errors import InvalidField, PromptTooLong, WrongState
 from slipstream_server.inference.calls import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
-from slipstream_server.inference.chat_template import RESERVED_PARAMETERS, ChatTemplate
 from slipstream_server.inference.detokenizer import DetokenizerFactory
-from slipstream_server.inference.tokenizer import SPECIAL_TOKEN_NAMES, TextTokenizer, TokenSpan
+from slipstream_server.models.chat_template import RESERVED_PARAMETERS, ChatTemplate
+from slipstream_server.models.tokenizer import SPECIAL_TOKEN_NAMES, TextTokenizer, TokenSpan
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_MESSAGES = 4096

@@ -17,7 +17,7 @@ from slipstream_server.inference.supervisor import RestartPolicy
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.inference.worker_process import WorkerLaunch
 from slipstream_server.models.facts import ModelFacts, facts_of_config
-from unit.inference.tokenizer_folders import byte_level, save_folder
+from unit.models.tokenizer_folders import byte_level, save_folder
 
 QUICK = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05, crash_loop_deaths=4, slow_retry_s=0.5)
 

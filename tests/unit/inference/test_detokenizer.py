@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slipstream_server.inference.detokenizer import DetokenizerFactory
-from slipstream_server.inference.tokenizer import TextTokenizer
-from unit.inference.tokenizer_folders import KINDS, save_folder
+from slipstream_server.models.tokenizer import TextTokenizer
+from unit.models.tokenizer_folders import KINDS, save_folder
 
 
 @pytest.fixture(scope="module")

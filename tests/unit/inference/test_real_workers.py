@@ -17,7 +17,7 @@ from slipstream_server.inference.results import collect
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts, read_facts
 from unit.inference.conftest import QUICK, llama_facts
-from unit.inference.tokenizer_folders import byte_level, save_folder
+from unit.models.tokenizer_folders import byte_level, save_folder
 
 Eventually = Callable[..., Awaitable[None]]
 

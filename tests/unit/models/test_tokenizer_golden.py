@@ -11,10 +11,10 @@ from transformers import AutoTokenizer
 
 from slipstream_server.errors import InvalidField, ModelLoadFailed
 from slipstream_server.inference.calls import ChatMessage
-from slipstream_server.inference.chat_template import ChatTemplate
 from slipstream_server.inference.prompts import template_message
-from slipstream_server.inference.tokenizer import TextTokenizer
-from unit.inference.tokenizer_folders import KINDS, byte_level, save_folder, with_bos
+from slipstream_server.models.chat_template import ChatTemplate
+from slipstream_server.models.tokenizer import TextTokenizer
+from unit.models.tokenizer_folders import KINDS, byte_level, save_folder, with_bos
 
 TEXTS = [
     "hello world",

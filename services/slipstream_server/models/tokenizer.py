@@ -6,8 +6,8 @@ alone: where there is a tokenizer.json, transformers ignores ``add_bos_token`` a
 differ from transformers on purpose: the legacy clean-up of spaces before punctuation is never applied, because a stream
 cannot take text back, and nothing is ever truncated or padded.
 
-Methods block for as long as the text is long; ``prompts.py`` calls them on its own threads (the library releases the
-GIL). The object is immutable after loading and may be shared by threads. Knows nothing of requests.
+Methods block for as long as the text is long; call them on threads (the library releases the GIL). The object is
+immutable after loading and may be shared by threads. Knows nothing of requests.
 """
 
 from __future__ import annotations

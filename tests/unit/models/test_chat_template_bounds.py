@@ -7,8 +7,8 @@ import time
 import pytest
 
 from slipstream_server.errors import InvalidField
-from slipstream_server.inference.chat_template import ChatTemplate
-from slipstream_server.inference.template_sandbox import RenderLimits
+from slipstream_server.models.chat_template import ChatTemplate
+from slipstream_server.models.template_sandbox import RenderLimits
 
 GROW = "{% set n = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set n.x = OPERATION %}{% endfor %}"
 HOSTILE = {

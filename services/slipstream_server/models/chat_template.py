@@ -1,6 +1,6 @@
 """Chat templates: messages to the text a model was trained on, as transformers' apply_chat_template renders them.
 
-Blocks for at most ``RenderLimits.seconds``; called on the tokenizing threads. Knows nothing of token ids or requests.
+Blocks for at most ``RenderLimits.seconds``; called on threads. Knows nothing of token ids or requests.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import jinja2
 
 from slipstream_server.errors import InvalidField, ModelLoadFailed
-from slipstream_server.inference.template_sandbox import (
+from slipstream_server.models.folder import read_json_if_present
+from slipstream_server.models.template_sandbox import (
     RenderLimits,
     TemplateEnvironment,
     TemplateLimitExceeded,
     TemplateRefused,
 )
-from slipstream_server.models.folder import read_json_if_present
 
 MAX_TEMPLATE_BYTES = 1024 * 1024
 RESERVED_PARAMETERS = frozenset(
@@ -53,11 +53,12 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         parameters: Mapping[str, Any],
         continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
     ) -> str:
         """The rendered chat, ending in a generation prompt, or in the last message's text where that is to be
-        continued.
+        continued, or whole without either.
 
-                Raises InvalidField when the template refuses the messages, fails on them, or runs over its bounds.
+        Raises InvalidField when the template refuses the messages, fails on them, or runs over its bounds.
         """
         name = "tool_use" if tools and "tool_use" in self._templates else "default"
         if name not in self._templates:
@@ -71,7 +72,7 @@ class ChatTemplate:
             "messages": copies,
             "tools": [dict(tool) for tool in tools] or None,
             "documents": None,
-            "add_generation_prompt": not continue_final_message,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
         }
         rendered = self._run(name, variables)
         if continue_final_message:
