@@ -1,7 +1,7 @@
 """Who follows the registry on behalf of requests, and which events each has put into force.
 
-A resolver lives as long as its watch does. A change is confirmed when every resolver that lives has acknowledged it; one
-that leaves meanwhile is not waited for, but it is named among the unconfirmed unless it comes back in time and
+A resolver lives as long as its watch does. A change is confirmed when every resolver that lives has acknowledged it.
+One that leaves meanwhile is not waited for, but named among the unconfirmed unless it comes back in time and
 acknowledges: what it serves is not known. Kept in memory: after a restart of this service the resolvers open their
 watches anew. Event loop.
 """
@@ -61,14 +61,14 @@ class Resolvers:
             raise WrongState("watch_id: the resolver's stream is gone; open a new one")
         if not 0 <= sequence <= watch.sent:
             raise InvalidField.of(
-                "sequence", f"{sequence} was never sent on this stream; the last one was {watch.sent}"
+                "sequence", f"{sequence} was never sent on this stream, the last was {watch.sent}"
             )
         watch.acknowledged = max(watch.acknowledged, sequence)
         self._ring()
         return watch.acknowledged
 
     async def confirmed(self, sequence: int, timeout_s: float) -> tuple[str, ...]:
-        """Wait until every live resolver has acknowledged ``sequence``; the ids of those that have not in ``timeout_s``."""
+        """Wait until every live resolver has acknowledged ``sequence``; the ids of those that did not."""
         deadline = time.monotonic() + timeout_s
         waited_for: set[str] = set()
         while behind := self._behind(sequence):

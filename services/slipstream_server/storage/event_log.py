@@ -10,7 +10,7 @@ processes within ``poll_interval_s``.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -97,7 +97,7 @@ class EventLog:
 
     async def follow(
         self, database: Database, stream: str, after_sequence: int, limit: int = 256
-    ) -> AsyncIterator[tuple[StoredEvent, ...]]:
+    ) -> AsyncGenerator[tuple[StoredEvent, ...], None]:
         """Batches of events after ``after_sequence``, for ever: waits where there are none. Close it to stop.
 
         Raises DependencyUnavailable when the database goes away; follow again from the last sequence seen.
