@@ -1,8 +1,9 @@
 """The worker process: one model, one engine, one socket to the front.
 
-``python -m slipstream_server.inference.worker --socket PATH --config JSON``. The main thread loads the model and then owns the engine; a
-reader thread puts decoded commands into the inbox, a writer thread sends the events of finished steps. It ends with the front: when the socket closes, on
-Shutdown, on SIGTERM, and by the kernel's hand when the process that started it dies. Knows nothing of gRPC.
+``python -m slipstream_server.inference.worker --socket PATH --config JSON``. The main thread loads the model and then
+owns the engine; a reader thread puts decoded commands into the inbox, a writer thread sends the events of finished
+steps. It ends with the front: when the socket closes, on Shutdown, on SIGTERM, and by the kernel's hand when the
+process that started it dies. Knows nothing of gRPC.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import FrameType
 
 from slipstream_server.errors import InternalError, SlipstreamError
 from slipstream_server.inference.engine.core import Engine
-from slipstream_server.inference.generation import Cancel, EndSequence, Event, LoadFailed, Loading, Shutdown, Submit
+from slipstream_server.inference.generation import Cancel, EndSequence, LoadFailed, Loading, Shutdown, Submit
 from slipstream_server.inference.worker_channel import Channel, Gone
 from slipstream_server.inference.worker_config import WorkerConfig, decode_config
 from slipstream_server.logs import configure_logging
@@ -75,7 +76,9 @@ class Worker:
         return self._engine
 
     def _obey(self, wait_s: float | None) -> bool:
-        """Wait up to ``wait_s`` (None: for as long as it takes) for a command and carry out all that are there; False to end."""
+        """Wait up to ``wait_s`` (None: for as long as it takes) for a command and carry out all that are there; False
+        to end.
+        """
         command = self._channel.next_command(wait_s)
         while command is not None:
             if isinstance(command, Gone | Shutdown):
@@ -139,6 +142,3 @@ if __name__ == "__main__":
         logging.shutdown()
         # Native threads of the model's libraries may not survive an orderly interpreter shutdown.
         os._exit(code)
-
-
-__all__ = ["EXIT_LOAD_FAILED", "Event", "Worker", "main"]

@@ -1,7 +1,9 @@
-"""The worker's end of the socket: frames in on one thread, frames out on another, bounded queues between them and the engine's.
+"""The worker's end of the socket: frames in on one thread, frames out on another, bounded queues between them and the
+engine's.
 
-The reader blocks while the inbox is full and the engine while the outbox is, so that whoever is slow slows the other and nothing piles up. When the front
-goes away, ``next_command`` says so, and should the engine not look within a few seconds, the process ends from here. Torch-free.
+The reader blocks while the inbox is full and the engine while the outbox is, so that whoever is slow slows the other
+and nothing piles up. When the front goes away, ``next_command`` says so, and should the engine not look within a few
+seconds, the process ends from here. Torch-free.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""How the front tells a worker what to serve: one struct, passed as JSON on the worker's command line. Torch-free; no secrets in it."""
+"""How the front tells a worker what to serve: one struct, passed as JSON on the worker's command line. Torch-free; no
+secrets in it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,10 @@ EngineName = Literal["padded", "null"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Everything a worker needs to know. ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep weights in
-    oneDNN's own layout where that gives the same results (more memory, faster); None for wherever it helps.
+    """Everything a worker needs to know.
+
+    ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep linear weights in oneDNN's
+    own layout as well, where that gives the same products (faster; their memory once more).
     """
 
     model_folder: Path | None = None

@@ -10,6 +10,21 @@ from itertools import count
 from typing import Any
 
 import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
 from slipstream_server.inference.engine.padded import PaddedEngine
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.generation import (
@@ -24,20 +39,6 @@ from slipstream_server.inference.generation import (
     Stopping,
     Tokens,
     TopLogprobs,
-)
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 VOCAB = 211
@@ -65,7 +66,9 @@ def tiny_model(name: str) -> Any:
             )
         ),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(vocab_size=VOCAB, n_positions=256, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2, **_ENDS)
+            GPT2Config(
+                vocab_size=VOCAB, n_positions=256, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2, **_ENDS
+            )
         ),
         "t5": lambda: T5ForConditionalGeneration(
             T5Config(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from slipstream_server.inference.generation import Sampling, Stopping
 from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
+
+from slipstream_server.inference.generation import Sampling, Stopping
 
 DECODERS = ["llama", "qwen2", "gemma3", "gpt2"]
 ALL = [*DECODERS, "t5", "bart"]
@@ -26,7 +27,9 @@ def test_greedy_rows_equal_generate_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_rows_that_end_leave_the_others_alone(name: str) -> None:
-    """Different lengths to generate: rows leave one after the other, and the batch is compacted and trimmed around the rest."""
+    """Different lengths to generate: rows leave one after the other, and the batch is compacted and trimmed around
+    the rest.
+    """
     model = tiny_model(name)
     wanted = list(zip(prompts(LENGTHS), [20, 3, 13, 1, 30], strict=True))
     answers = Bench(model).run(*[request(prompt, tokens) for prompt, tokens in wanted])

@@ -1,4 +1,6 @@
-"""Beam search through the engine equals ``model.generate`` of each prompt alone, and what it cannot honour is refused by name."""
+"""Beam search through the engine equals ``model.generate`` of each prompt alone, and what it cannot honour is refused
+by name.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
+
 from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
 from slipstream_server.inference.generation import AdapterPin, Beams, Sampling, Stopping
-
-from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
 
 
 def beams_alone(model: Any, prompt: tuple[int, ...], **settings: Any) -> list[list[int]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream_server.inference.engine.cache import GrowingLayer, new_cache, select_rows, trim_columns
+from tests.unit.engine.driving import tiny_model
 from transformers.cache_utils import DynamicLayer
 
-from tests.unit.engine.driving import tiny_model
+from slipstream_server.inference.engine.cache import GrowingLayer, new_cache, select_rows, trim_columns
 
 steps = st.lists(
     st.one_of(

@@ -1,4 +1,6 @@
-"""Sampling: the filters against transformers' own, draws against a hand computation, and their independence of the batch."""
+"""Sampling: the filters against transformers' own, draws against a hand computation, and their independence of the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream_server.inference.engine.core import Row
-from slipstream_server.inference.engine.drawing import Sampler, filtered
-from slipstream_server.inference.engine.draws import uniforms
-from slipstream_server.inference.generation import Sampling
+from tests.unit.engine.driving import Bench, prompts, request, tiny_model
 from transformers.generation import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -22,7 +21,10 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from tests.unit.engine.driving import Bench, prompts, request, tiny_model
+from slipstream_server.inference.engine.core import Row
+from slipstream_server.inference.engine.drawing import Sampler, filtered
+from slipstream_server.inference.engine.draws import uniforms
+from slipstream_server.inference.generation import Sampling
 
 
 def row_with(sampling: Sampling, index: int = 0) -> Row:
@@ -129,7 +131,9 @@ def test_temperature_zero_is_greedy() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_sampled_answers_do_not_depend_on_the_batch(name: str) -> None:
-    """Alone, among others, and in another order: the same seeds give the same tokens, and different sequences differ."""
+    """Alone, among others, and in another order: the same seeds give the same tokens, and different sequences
+    differ.
+    """
     model = tiny_model(name)
     asked = [
         (prompt, Sampling(do_sample=True, seed=seed, temperature=9.0, **extra))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slipstream_server.inference.engine.draws import philox4x32, uniforms
 
 

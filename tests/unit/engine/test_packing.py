@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from slipstream_server.inference.engine import packing
-from slipstream_server.inference.engine.packing import PackedLinear, pack_linears
+from tests.unit.engine.driving import Bench, generate_alone, prompts, request
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.unit.engine.driving import Bench, generate_alone, prompts, request
+from slipstream_server.inference.engine import packing
+from slipstream_server.inference.engine.packing import PackedLinear, pack_linears
 
 
 def float32_model() -> LlamaForCausalLM:
@@ -54,7 +54,7 @@ def test_a_packing_that_disagrees_leaves_the_model_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = float32_model()
-    monkeypatch.setattr(PackedLinear, "forward", lambda self, input: nn.Linear.forward(self, input) * 1.01)
+    monkeypatch.setattr(PackedLinear, "forward", lambda self, inputs: nn.Linear.forward(self, inputs) * 1.01)
     assert pack_linears(model) == 0
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
     assert "differ by" in caplog.text

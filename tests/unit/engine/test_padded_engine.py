@@ -1,4 +1,6 @@
-"""The life of requests in the padded engine: one terminal event each, rows that leave within a step, failures that stay alone."""
+"""The life of requests in the padded engine: one terminal event each, rows that leave within a step, failures that
+stay alone.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
+
 from slipstream_server.inference.engine.batch import surviving_order
 from slipstream_server.inference.generation import AdapterPin, Failed, Finished, Sampling, Stats, Stopping, Tokens
-
-from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
 
 
 @contextmanager

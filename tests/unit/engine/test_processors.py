@@ -1,4 +1,6 @@
-"""Score processors against transformers' own on rows without padding, and the two penalties it does not have by hand."""
+"""Score processors against transformers' own on rows without padding, and the two penalties it does not have by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from slipstream_server.inference.engine.choosing import Chooser
-from slipstream_server.inference.engine.core import Row
-from slipstream_server.inference.engine.processors import HouseRules, Processors, tokens_completing_ngrams
-from slipstream_server.inference.generation import Sampling, Stopping
+from tests.unit.engine.driving import Bench, prompts, request, tiny_model
 from transformers import GenerationConfig
 from transformers.generation import (
     MinNewTokensLengthLogitsProcessor,
@@ -21,7 +20,10 @@ from transformers.generation import (
     SequenceBiasLogitsProcessor,
 )
 
-from tests.unit.engine.driving import Bench, prompts, request, tiny_model
+from slipstream_server.inference.engine.choosing import Chooser
+from slipstream_server.inference.engine.core import Row
+from slipstream_server.inference.engine.processors import HouseRules, Processors, tokens_completing_ngrams
+from slipstream_server.inference.generation import Sampling, Stopping
 
 VOCAB = 40
 
@@ -70,7 +72,7 @@ rows_strategy = st.builds(
         Sampling,
         repetition_penalty=st.sampled_from([1.0, 0.7, 1.9]),
         no_repeat_ngram_size=st.integers(0, 4),
-        logit_bias=st.dictionaries(tokens, st.floats(-5, 5), max_size=3),
+        logit_bias=st.dictionaries(tokens, st.floats(-5, 5, width=32), max_size=3),
     ),
     stopping=st.builds(
         Stopping,

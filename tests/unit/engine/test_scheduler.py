@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from slipstream_server.inference.engine.scheduler import BatchLimits, Scheduler, num_rows
 from slipstream_server.inference.generation import Beams, GenerationRequest, Sampling, Stopping
 

@@ -15,6 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from tests.unit.engine.driving import generate_alone, prompts, request
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from slipstream_server.inference.engine.null import NULL_TOKEN_ID
 from slipstream_server.inference.generation import (
     Cancel,
@@ -35,9 +38,6 @@ from slipstream_server.inference.generation import (
 from slipstream_server.inference.worker import EXIT_LOAD_FAILED
 from slipstream_server.inference.worker_config import WorkerConfig, decode_config, encode_config, worker_command
 from slipstream_server.models.load_options import LoadOptions
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from tests.unit.engine.driving import generate_alone, prompts, request
 
 TIMEOUT_S = 60.0
 NULL = WorkerConfig(engine="null")

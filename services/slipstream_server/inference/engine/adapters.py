@@ -21,7 +21,9 @@ class AdapterSlots(Protocol):
         """Make the pinned version usable by rows, or raise a SlipstreamError that fails the request alone."""
 
     def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
-        """Within it, row i of every forward runs with the adapter that ``rows[i].request.adapter`` pins (None: the base)."""
+        """Within it, row i of every forward runs with the adapter that ``rows[i].request.adapter`` pins (None: the
+        base).
+        """
 
 
 class NoAdapters:

@@ -1,4 +1,6 @@
-"""From a worker's configuration to an engine that answers: threads, model, packing, a first step, and the facts of it all."""
+"""From a worker's configuration to an engine that answers: threads, model, packing, a first step, and the facts of it
+all.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 import transformers
 
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
-from slipstream_server.inference.engine.packing import pack_linears
+from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
 from slipstream_server.inference.engine.padded import PaddedEngine
 from slipstream_server.inference.generation import Failed, Finished, GenerationRequest, Ready, Sampling, Stopping
 from slipstream_server.inference.worker_config import WorkerConfig
@@ -36,14 +38,15 @@ def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> 
     loaded = load_model(config.model_folder, config.load)
     report(0.8, "preparing the model")
     packed = pack_linears(loaded.model) if config.packed_linears and loaded.device.type == "cpu" else 0
-    engine = PaddedEngine(loaded.model, config.limits(), poll=poll)
     report(0.9, "first step")
-    warm_up(engine)
-    return engine, _ready(loaded, config, packed)
+    warm_up(PaddedEngine(loaded.model, config.limits()))
+    return PaddedEngine(loaded.model, config.limits(), poll=poll), _ready(loaded, config, packed)
 
 
 def warm_up(engine: PaddedEngine) -> None:
-    """Generate two tokens, so that whatever is allocated or compiled on first use is there, and a broken model is found out now."""
+    """Generate two tokens, so that whatever is allocated or compiled on first use is there, and a broken model is
+    found out now.
+    """
     request = GenerationRequest(
         id=_WARM_UP_ID, prompt_token_ids=(0,), sampling=Sampling(), stopping=Stopping(max_new_tokens=2)
     )
@@ -68,7 +71,7 @@ def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
         dtype=str(loaded.dtype).removeprefix("torch."),
         attention=loaded.attn_implementation,
         batching=config.engine,
-        memory_bytes=loaded.memory_bytes,
+        memory_bytes=loaded.memory_bytes + packed_bytes(loaded.model),
         settings={
             "threads": str(torch.get_num_threads()),
             "packed_linears": str(num_packed),

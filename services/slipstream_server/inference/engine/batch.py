@@ -20,7 +20,11 @@ class Batch:
         self._rules = rules
         self._slots = slots
         self._pass: Pass | None = None
-        self._chooser = Chooser(rows, rules, traits.device)
+        self._chooser: Chooser | None = None
+
+    @property
+    def has_live_rows(self) -> bool:
+        return any(row.is_live for row in self.rows)
 
     @property
     def kv_tokens(self) -> int:
@@ -28,29 +32,30 @@ class Batch:
         return sum(len(row.tokens) for row in self.rows) if self._pass is not None else 0
 
     def step(self) -> Choices:
-        """Run the rows one token further."""
-        with self._slots.applied(self.rows):
-            if self._pass is None:
-                self._pass = new_pass(self._traits, self.rows)
-                logits_RV = self._pass.prefill()
-            else:
-                logits_RV = self._pass.decode()
+        """Let rows go that are not live any more, and run the others one token further; the choices are in ``rows``'
+        order.
+        """
+        self._compact()
+        if self._pass is None:
+            self._pass = new_pass(self._traits, self.rows, self._slots)
+            logits_RV = self._pass.prefill()
+        else:
+            logits_RV = self._pass.decode()
+        if self._chooser is None:
+            self._chooser = Chooser(self.rows, self._rules, self._traits.device)
         return self._chooser.choose(logits_RV)
-
-    def compact(self) -> bool:
-        """Let rows go that are not live any more; whether any is left."""
-        order = surviving_order([row.is_live for row in self.rows])
-        if len(order) < len(self.rows):
-            self.rows = [self.rows[index] for index in order]
-            if self.rows:
-                self._chooser = Chooser(self.rows, self._rules, self._traits.device)
-                if self._pass is not None:
-                    self._pass.keep(order)
-        return bool(self.rows)
 
     def release(self) -> None:
         """Give the device's memory back."""
-        self._pass = None
+        self._pass = self._chooser = None
+
+    def _compact(self) -> None:
+        order = surviving_order([row.is_live for row in self.rows])
+        if len(order) < len(self.rows):
+            self.rows = [self.rows[index] for index in order]
+            self._chooser = None
+            if self._pass is not None:
+                self._pass.keep(order)
 
 
 def surviving_order(is_live: Sequence[bool]) -> list[int]:

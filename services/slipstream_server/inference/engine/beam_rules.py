@@ -6,7 +6,9 @@ from slipstream_server.inference.generation import GenerationRequest
 
 
 def unsupported_with_beams(request: GenerationRequest) -> list[tuple[str, str]]:
-    """The fields of a request with ``num_beams`` > 1 that cannot be honoured, in proto spelling, and why; empty without beams."""
+    """The fields of a request with ``num_beams`` > 1 that cannot be honoured, in proto spelling, and why; empty
+    without beams.
+    """
     beams, sampling = request.beams, request.sampling
     if beams.num_beams <= 1:
         return []

@@ -1,6 +1,7 @@
 """Beam search, by the model's own ``generate``: searches whose settings are equal share a call.
 
-A cancelled or expired request is seen between tokens: its beams are declared finished and its answer is thrown away. Engine thread, under inference_mode.
+A cancelled or expired request is seen between tokens: its beams are declared finished and its answer is thrown away.
+Engine thread, under inference_mode.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from slipstream_server.inference.generation import GenerationRequest
 def beam_key(request: GenerationRequest) -> Hashable:
     """Equal for requests that one call of ``generate`` serves: it takes these once for all rows.
 
-    Steps that look back at the prompt would see the padding of shorter ones: with them, only prompts of one length share.
+    Steps that look back at the prompt would see the padding of shorter ones: with them, only prompts of one length
+    share.
     """
     sampling, stopping, beams = request.sampling, request.stopping, request.beams
     looks_back = sampling.repetition_penalty != 1.0 or sampling.no_repeat_ngram_size > 0
@@ -64,7 +66,8 @@ class _Unwanted(StoppingCriteria):  # type: ignore[misc]
 def _settings(traits: Traits, request: GenerationRequest) -> dict[str, Any]:
     """The request's settings as arguments of ``generate``.
 
-    Arguments, because None in a GenerationConfig would be filled in from the model's own: no end token would become its end token.
+    Arguments, because None in a GenerationConfig would be filled in from the model's own: no end token would become
+    its end token.
     """
     sampling, stopping, beams = request.sampling, request.stopping, request.beams
     return {

@@ -1,8 +1,9 @@
 """Keys and values of a padded batch, kept in place.
 
-transformers' DynamicLayer copies everything at every step (torch.cat). ``GrowingLayer`` writes new tokens behind the old ones in a store with spare room and hands out
-a view, so a step copies one token per row; rows that leave are filled from the tail, and columns of common padding are skipped, both without
-touching the rows that stay. Layers of other kinds (sliding windows, recurrent states) stay as transformers makes them.
+transformers' DynamicLayer copies everything at every step (torch.cat). ``GrowingLayer`` writes new tokens behind the
+old ones in a store with spare room and hands out a view, so a step copies one token per row; rows that leave are
+filled from the tail, and columns of common padding are skipped, both without touching the rows that stay. Layers of
+other kinds (sliding windows, recurrent states) stay as transformers makes them.
 
     store [rows allocated, kv_heads, columns allocated, head_dim]
                                    |<- trimmed ->|<- keys, values: what the model sees ->|<- spare ->|
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 _MAX_SPARE_COLUMNS = 256
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values ``[rows, kv_heads, columns, head_dim]``, appended to in place."""
 
     is_croppable = False
@@ -46,7 +47,9 @@ class GrowingLayer(DynamicLayer):
         return self._show(stores, key_states.shape[0])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row ``beam_idx[i]`` was. In place where rows only leave and the holes are filled from behind."""
+        """Row i becomes what row ``beam_idx[i]`` was. In place where rows only leave and the holes are filled from
+        behind.
+        """
         if self._stores is None:
             return
         order = beam_idx.tolist()

@@ -1,4 +1,6 @@
-"""Whether a model can run a request at all. The front has validated before; the engine must not trust it with a shared batch. Torch-free."""
+"""Whether a model can run a request at all. The front has validated before; the engine must not trust it with a
+shared batch. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from slipstream_server.inference.generation import GenerationRequest, Sampling
 def refusal(
     request: GenerationRequest, *, vocab_size: int, context_tokens: int | None, is_encoder_decoder: bool
 ) -> SlipstreamError | None:
-    """Why the request cannot run, or None. ``context_tokens`` bounds prompt and answer together; each alone in an encoder-decoder."""
+    """Why the request cannot run, or None. ``context_tokens`` bounds prompt and answer together; each alone in an
+    encoder-decoder.
+    """
     for check in (_bad_prompt(request, vocab_size), _bad_sampling(request.sampling, vocab_size), _bad_counts(request)):
         if check is not None:
             return InvalidField.of(*check)
@@ -39,7 +43,6 @@ def _bad_sampling(sampling: Sampling, vocab_size: int) -> tuple[str, str] | None
         ("top_p", sampling.top_p, 0.0, 1.0),
         ("min_p", sampling.min_p, 0.0, 1.0),
         ("typical_p", sampling.typical_p, 0.0, 1.0),
-        ("repetition_penalty", sampling.repetition_penalty, math.ulp(0.0), math.inf),
         ("presence_penalty", sampling.presence_penalty, -math.inf, math.inf),
         ("frequency_penalty", sampling.frequency_penalty, -math.inf, math.inf),
         ("no_repeat_ngram_size", sampling.no_repeat_ngram_size, 0, math.inf),
@@ -47,6 +50,8 @@ def _bad_sampling(sampling: Sampling, vocab_size: int) -> tuple[str, str] | None
     for name, value, least, most in ranges:
         if not (least <= value <= most and math.isfinite(value)):
             return f"sampling.{name}", f"{value} is not allowed; a finite number from {least:g} to {most:g}"
+    if not 0.0 < sampling.repetition_penalty < math.inf:
+        return "sampling.repetition_penalty", f"{sampling.repetition_penalty} is not allowed; a finite number above 0"
     for token_id, bias in sampling.logit_bias.items():
         if not 0 <= token_id < vocab_size:
             return "sampling.logit_bias", f"{token_id} is no token; ids lie in 0..{vocab_size - 1}"

@@ -1,7 +1,8 @@
 """From a batch's logits to one token for each of its rows, every row by its own options.
 
-Greedy rows take the best score, sampled rows draw. Log probabilities are of the model's own distribution, in float32, before anything is done to it. A row whose scores
-leave nothing to choose (all banned, or the model answered NaN) is told apart from the others. Shapes: R rows, V vocabulary.
+Greedy rows take the best score, sampled rows draw. Log probabilities are of the model's own distribution, in float32,
+before anything is done to it. A row whose scores leave nothing to choose (all banned, or the model answered NaN) is
+told apart from the others. Shapes: R rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from slipstream_server.inference.generation import TopLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Choices:
-    """What was chosen, row by row. ``is_broken``: the model's own logits are not finite; ``is_exhausted``: every token is banned."""
+    """What was chosen, row by row. ``is_broken``: the model's own logits are not finite; ``is_exhausted``: every
+    token is banned.
+    """
 
     token_ids: list[int]
     is_broken: list[bool]
@@ -38,8 +41,8 @@ class Chooser:
         ]
 
     def choose(self, logits_RV: torch.Tensor) -> Choices:
-        """One token per row. The logits are overwritten."""
-        scores_RV = logits_RV if logits_RV.dtype in (torch.float32, torch.float64) else logits_RV.float()
+        """One token per row, from float32 or float64 logits, which are overwritten."""
+        scores_RV = logits_RV
         raw_WV = self._logprobs_wanted(scores_RV)
         best_R, tokens_R = scores_RV.max(dim=1)
         broken_R = ~best_R.isfinite()

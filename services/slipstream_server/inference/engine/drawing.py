@@ -1,11 +1,12 @@
 """Which tokens a sampled row may take, and which one it takes.
 
-Filters in transformers' order and with its meaning (min_tokens_to_keep = 1): temperature, top_k (ties with the k-th stay), top_p (a token stays
-while the more likely ones hold less than top_p), min_p, typical_p. Then the inverse of the cumulative distribution, in token-id order and
-float64, at the row's own uniform number: neither the batch nor the order of candidates has a say.
+Filters in transformers' order and with its meaning (min_tokens_to_keep = 1): temperature, top_k (ties with the k-th
+stay), top_p (a token stays while the more likely ones hold less than top_p), min_p, typical_p. Then the inverse of
+the cumulative distribution, in token-id order and float64, at the row's own uniform number: neither the batch nor the
+order of candidates has a say.
 
-Most work happens on candidates: rows with top_k or top_p are narrowed to the few tokens that can survive before anything is sorted.
-Shapes: S sampled rows of one kind, V vocabulary, N candidates.
+Most work happens on candidates: rows with top_k or top_p are narrowed to the few tokens that can survive before
+anything is sorted. Shapes: S sampled rows of one kind, V vocabulary, N candidates.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _GROWTH = 8
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Sampled rows that are narrowed in the same way; parameters as float64 columns ``[S, 1]``, None where all are neutral."""
+    """Sampled rows that are narrowed in the same way; parameters as float64 columns ``[S, 1]``, None where all are
+    neutral.
+    """
 
     kind: str
     rows: list[Row]
@@ -60,7 +63,9 @@ def is_sampled(row: Row) -> bool:
 
 
 def filtered(scores_SV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
-    """The scores that may still be drawn, -inf elsewhere, in float64: what ``Sampler`` draws from, spread over the vocabulary again."""
+    """The scores that may still be drawn, -inf elsewhere, in float64: what ``Sampler`` draws from, spread over the
+    vocabulary again.
+    """
     result = torch.full(scores_SV.shape, -torch.inf, dtype=torch.float64, device=scores_SV.device)
     for group in Sampler(rows, scores_SV.device)._groups:
         values_SN, ids_SN = _candidates(scores_SV.index_select(0, group.index), group)
@@ -138,7 +143,9 @@ def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, t
 
 
 def _most_likely(scores_SV: torch.Tensor, top_k_S1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's k best and whatever ties with the last of them, by falling score; the rest of the rectangle is -inf."""
+    """Each row's k best and whatever ties with the last of them, by falling score; the rest of the rectangle is
+    -inf.
+    """
     vocab_size = scores_SV.shape[1]
     top_k_S1 = top_k_S1.clamp(max=vocab_size)
     best_SK = scores_SV.topk(int(top_k_S1.max()), dim=1).values
@@ -176,7 +183,9 @@ def _keep_min_p(values_SN: torch.Tensor, min_p_S1: torch.Tensor) -> torch.Tensor
 
 
 def _keep_typical(values_SN: torch.Tensor, typical_p_S1: torch.Tensor) -> torch.Tensor:
-    """Locally typical tokens (Meister et al., 2022), cut as transformers does: ties with the last one kept stay."""
+    """Locally typical tokens ("Locally Typical Sampling", 2022), cut as transformers does: ties with the last one
+    kept stay.
+    """
     log_mass_SN = values_SN.log_softmax(dim=1)
     mass_SN = log_mass_SN.exp()
     entropy_S1 = -(log_mass_SN * mass_SN).nansum(dim=1, keepdim=True)

@@ -1,8 +1,9 @@
 """Random numbers that depend on (seed, sequence index, position) and on nothing else: no state, no batch.
 
-Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", 2011) as a hash. Key: the low and the high
-half of the seed (taken modulo 2^64). Counter words: position low, position high, index low, index high. A draw is the top 53 bits
-of the first two output words, so it lies in [0, 1). ``position`` counts a sequence's generated tokens from 0. Torch-free.
+Philox4x32-10 ("Parallel random numbers: as easy as 1, 2, 3", 2011) as a hash. Key: the low and the high half of the
+seed (taken modulo 2^64). Counter words: position low, position high, index low, index high. A draw is the top 53 bits
+of the first two output words, so it lies in [0, 1). ``position`` counts a sequence's generated tokens from 0.
+Torch-free.
 """
 
 from __future__ import annotations

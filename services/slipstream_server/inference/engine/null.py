@@ -1,4 +1,6 @@
-"""An engine that does nothing: every token is the same and there at once. It measures what everything around an engine costs. Torch-free."""
+"""An engine that does nothing: every token is the same and there at once. It measures what everything around an
+engine costs. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,23 @@ import time
 from collections import deque
 
 from slipstream_server.inference.engine.outbox import Outbox
-from slipstream_server.inference.generation import Admitted, Event, Finished, GenerationRequest, Ready, Tokens
+from slipstream_server.inference.generation import (
+    Admitted,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Ready,
+    Tokens,
+)
 
 NULL_TOKEN_ID = 1
 
 
 class NullEngine:
-    """Answers each request, whatever it asks for, with ``max_new_tokens`` times the same token: one token per request and step."""
+    """Answers each request, whatever it asks for, with ``max_new_tokens`` times the same token: one token per request
+    and step.
+    """
 
     def __init__(self) -> None:
         self._left: dict[int, tuple[GenerationRequest, int]] = {}
@@ -47,7 +59,7 @@ class NullEngine:
 
     def _emit(self, request_id: int) -> None:
         request, left = self._left[request_id]
-        reason = "length" if left == 1 else None
+        reason: FinishReason | None = "length" if left == 1 else None
         for index in range(request.num_return_sequences):
             self._outbox.put(Tokens(request_id, index, [NULL_TOKEN_ID], None, reason))
         self._outbox.totals.generation_tokens += request.num_return_sequences

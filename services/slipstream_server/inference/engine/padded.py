@@ -1,8 +1,9 @@
 """The padded engine: dynamic batches of whole requests, stepped token by token.
 
-A batch is collected by the scheduler, prefilled together and decoded together until its last row has ended; the next one starts then. Rows that end,
-are cancelled or expire leave the tensors before the next forward. Every request that is not cancelled ends in exactly one terminal event. A
-failure is narrowed down by running halves of the batch afresh, each from the tokens it has: draws depend on position alone, so nothing changes.
+A batch is collected by the scheduler, prefilled together and decoded together until its last row has ended; the next
+one starts then. Rows that end, are cancelled or expire leave the tensors before the next forward. Every request that
+is not cancelled ends in exactly one terminal event. A failure is narrowed down by running halves of the batch afresh,
+each from the tokens it has: draws depend on position alone, so nothing changes.
 
 Synchronous and single-threaded: the worker's main thread owns it. It knows nothing of sockets.
 """
@@ -112,7 +113,9 @@ class PaddedEngine:
         return max(0.0, min(dues) - self._clock()) if dues else None
 
     def check_integrity(self) -> None:
-        """Assert that every running request has rows in the batch or in a part that waits, and every live row a request."""
+        """Assert that every running request has rows in the batch or in a part that waits, and every live row a
+        request.
+        """
         held = [*(self._batch.rows if self._batch else []), *(row for part in self._parts for row in part)]
         live = {id(row) for row in held if row.is_live}
         for generation in self._running.values():
@@ -121,8 +124,8 @@ class PaddedEngine:
         assert all(row.request.id in self._running for row in held if row.is_live)
 
     def _schedule(self) -> Batch | None:
-        """The batch to run now: the one that runs, without the rows that left; else a part of a failed one; else a new one."""
-        if self._batch is not None and not self._batch.compact():
+        """The batch to run now: the one that runs, else a part of a failed one, else a new one."""
+        if self._batch is not None and not self._batch.has_live_rows:
             self._batch = None
         while self._batch is None and self._parts:
             rows = [row for row in self._parts.popleft() if row.is_live]
@@ -196,12 +199,12 @@ class PaddedEngine:
         return True
 
     def _prompt_logprobs(self, request: GenerationRequest) -> list[TopLogprobs]:
-        tokens = self._traits.new_row(request, 0).tokens
-        next_T = torch.from_numpy(tokens[1:].copy())
+        row = self._traits.new_row(request, 0)
+        next_T = torch.from_numpy(row.tokens[1:].copy())
         number = request.prompt_logprobs or 0
         positions = [TopLogprobs(float("nan"), [], [])]
         chunk_tokens = max(1, _PROMPT_LOGITS_BYTES // (4 * self._traits.vocab_size))
-        for logits_TV in prompt_logits(self._traits, tokens[:-1], chunk_tokens):
+        for logits_TV in prompt_logits(self._traits, row, self._slots, chunk_tokens):
             chosen_T = next_T[len(positions) - 1 : len(positions) - 1 + len(logits_TV)]
             raw_TV = logits_TV.float().log_softmax(dim=1)
             positions += top_logprobs(raw_TV, chosen_T, [number] * len(chosen_T))

@@ -1,13 +1,15 @@
-"""Runs of the model over the rows of a padded batch: what differs between decoder-only and encoder-decoder models, and nothing else.
+"""Runs of the model over the rows of a padded batch: what differs between decoder-only and encoder-decoder models,
+and nothing else.
 
-A pass owns the keys and values of its rows. Prefill left-pads (the encoder's input: right-pads) and masks the padding; rows of one request share the prefill of their
-prompt. Engine thread only, under inference_mode. Shapes: R rows, T columns, V vocabulary; P distinct prompts.
+A pass owns the keys and values of its rows. Prefill left-pads (the encoder's input: right-pads) and masks the
+padding; rows of one request share the prefill of their prompt. Engine thread only, under inference_mode. Shapes: R
+rows, T columns, V vocabulary; P distinct prompts.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from slipstream_server.inference.engine.adapters import AdapterSlots
 from slipstream_server.inference.engine.cache import new_cache, select_rows, trim_columns
 from slipstream_server.inference.engine.core import Row, TokenArray
 
@@ -70,17 +73,19 @@ class Pass(Protocol):
         """Go on with the rows ``order`` names, in that order."""
 
 
-def new_pass(traits: Traits, rows: list[Row]) -> Pass:
+def new_pass(traits: Traits, rows: list[Row], slots: AdapterSlots) -> Pass:
     """A pass for the rows, not yet run."""
-    return EncoderDecoderPass(traits, rows) if traits.is_encoder_decoder else DecoderOnlyPass(traits, rows)
+    kind = EncoderDecoderPass if traits.is_encoder_decoder else DecoderOnlyPass
+    return kind(traits, rows, slots)
 
 
 class DecoderOnlyPass:
     """Left-padded prompts, then one column per step."""
 
-    def __init__(self, traits: Traits, rows: list[Row]) -> None:
+    def __init__(self, traits: Traits, rows: list[Row], slots: AdapterSlots) -> None:
         self._traits = traits
         self._rows = rows
+        self._slots = slots
         self._cache = new_cache(traits.model.config, _most_left(rows))
         self._mask_RT: torch.Tensor | None = None
 
@@ -89,7 +94,7 @@ class DecoderOnlyPass:
         tokens_PT, mask_PT = padded([row.tokens for row in sources], self._traits.pad_token_id, left=True)
         has_padding = not bool(mask_PT.all())
         positions_PT = (mask_PT.cumsum(dim=1) - 1).clamp(min=0)
-        logits_PV = self._forward(tokens_PT, mask_PT if has_padding else None, positions_PT)
+        logits_PV = self._forward(sources, tokens_PT, mask_PT if has_padding else None, positions_PT)
         if len(sources) < len(self._rows):
             select_rows(self._cache, expansion)
             logits_PV, mask_PT = logits_PV[expansion], mask_PT[expansion]
@@ -100,7 +105,7 @@ class DecoderOnlyPass:
         if self._mask_RT is not None:
             self._mask_RT = torch.nn.functional.pad(self._mask_RT, (0, 1), value=1)
         positions_R1 = torch.tensor([[len(row.tokens) - 1] for row in self._rows])
-        return self._forward(_newest(self._rows), self._mask_RT, positions_R1)
+        return self._forward(self._rows, _newest(self._rows), self._mask_RT, positions_R1)
 
     def keep(self, order: Sequence[int]) -> None:
         self._rows = [self._rows[index] for index in order]
@@ -120,7 +125,7 @@ class DecoderOnlyPass:
             self._mask_RT = None
 
     def _forward(
-        self, tokens_RT: torch.Tensor, mask_RT: torch.Tensor | None, positions_RT: torch.Tensor
+        self, rows: list[Row], tokens_RT: torch.Tensor, mask_RT: torch.Tensor | None, positions_RT: torch.Tensor
     ) -> torch.Tensor:
         device = self._traits.device
         extra: dict[str, Any] = {}
@@ -128,23 +133,25 @@ class DecoderOnlyPass:
             extra["position_ids"] = positions_RT.to(device)
         if self._traits.takes_logits_to_keep:
             extra["logits_to_keep"] = 1
-        output = self._traits.model(
-            input_ids=tokens_RT.to(device),
-            attention_mask=None if mask_RT is None else mask_RT.to(device),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **extra,
-        )
-        return _last_logits(output)
+        with self._slots.applied(rows):
+            output = self._traits.model(
+                input_ids=tokens_RT.to(device),
+                attention_mask=None if mask_RT is None else mask_RT.to(device),
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+                **extra,
+            )
+        return _last_logits(output, device)
 
 
 class EncoderDecoderPass:
     """The encoder once over right-padded prompts, then the decoder from its start token, one column per step."""
 
-    def __init__(self, traits: Traits, rows: list[Row]) -> None:
+    def __init__(self, traits: Traits, rows: list[Row], slots: AdapterSlots) -> None:
         self._traits = traits
         self._rows = rows
+        self._slots = slots
         config = traits.model.config
         crossed = DynamicCache(config=config.get_text_config(decoder=True))
         self._cache = EncoderDecoderCache(new_cache(config, _most_left(rows)), crossed)
@@ -157,7 +164,8 @@ class EncoderDecoderPass:
         tokens_PT, mask_PT = padded(prompts, self._traits.pad_token_id, left=False)
         device = self._traits.device
         encoder = self._traits.model.get_encoder()
-        self._encoded = encoder(input_ids=tokens_PT.to(device), attention_mask=mask_PT.to(device), return_dict=True)
+        with self._slots.applied(sources):
+            self._encoded = encoder(input_ids=tokens_PT.to(device), attention_mask=mask_PT.to(device), return_dict=True)
         self._mask_RT = mask_PT.to(device)
         self._select_encoded(expansion)
         # Rows of one batch have as many tokens each, so that the decoder's side needs no padding.
@@ -178,23 +186,30 @@ class EncoderDecoderPass:
         self._mask_RT = self._mask_RT.index_select(0, index)
 
     def _forward(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        output = self._traits.model(
-            encoder_outputs=self._encoded,
-            attention_mask=self._mask_RT,
-            decoder_input_ids=tokens_RT.to(self._traits.device),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return _last_logits(output)
+        with self._slots.applied(self._rows):
+            output = self._traits.model(
+                encoder_outputs=self._encoded,
+                attention_mask=self._mask_RT,
+                decoder_input_ids=tokens_RT.to(self._traits.device),
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+            )
+        return _last_logits(output, self._traits.device)
 
 
-def prompt_logits(traits: Traits, tokens: TokenArray, chunk_tokens: int) -> Any:
-    """Yield the logits ``[t, V]`` of a prompt's positions, a chunk at a time; a run of its own, so that others do not pay for it."""
+def prompt_logits(traits: Traits, row: Row, slots: AdapterSlots, chunk_tokens: int) -> Iterator[torch.Tensor]:
+    """Yield the logits ``[t, V]`` of all positions of the row's prompt but the last, a chunk at a time.
+
+    A run of its own, so that rows that do not ask for them do not pay.
+    """
+    tokens = row.tokens[:-1]
     cache = new_cache(traits.model.config, len(tokens))
     for start in range(0, len(tokens), chunk_tokens):
         chunk_T = torch.from_numpy(tokens[start : start + chunk_tokens].copy()).to(traits.device)
-        yield traits.model(input_ids=chunk_T[None], past_key_values=cache, use_cache=True, return_dict=True).logits[0]
+        with slots.applied([row]):
+            output = traits.model(input_ids=chunk_T[None], past_key_values=cache, use_cache=True, return_dict=True)
+        yield output.logits[0].to(traits.device)
 
 
 def padded(sequences: Sequence[TokenArray], pad_token_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,10 +255,10 @@ def _most_left(rows: Sequence[Row]) -> int:
     return max(row.request.stopping.max_new_tokens - row.num_generated for row in rows)
 
 
-def _last_logits(output: Any) -> torch.Tensor:
-    """The last column's logits as ``generate`` looks at them: a float32 tensor of their own."""
+def _last_logits(output: Any, device: torch.device) -> torch.Tensor:
+    """The last column's logits as ``generate`` looks at them: a float32 tensor of their own, where the inputs are."""
     logits: torch.Tensor = output.logits[:, -1, :]
-    return logits.to(dtype=torch.float32, copy=True)
+    return logits.to(device=device, dtype=torch.float32, copy=True)
 
 
 def _vocab_size(model: Any, text_config: Any) -> int:

@@ -1,15 +1,16 @@
 """What a row's options do to its scores before a token is chosen, and the model's own rules.
 
-Same steps, same order and same arithmetic as transformers' logits processors (GenerationMixin._get_logits_processor, 5.17 to 5.23): bias, repetition
-penalty, n-gram ban, suppressed tokens, minimum length, forced tokens. Presence and frequency penalties are OpenAI's: over generated
-tokens only. A row that does not use a step does not pay for it: every step edits the (row, token) pairs it names, in one scatter.
+Same steps, same order and same arithmetic as transformers' logits processors (GenerationMixin._get_logits_processor,
+5.17 to 5.23): bias, repetition penalty, n-gram ban, suppressed tokens, minimum length, forced tokens. Presence and
+frequency penalties are OpenAI's: over generated tokens only. A row that does not use a step does not pay for it:
+every step edits the (row, token) pairs it names, in one scatter.
 
 Shapes: R rows, V vocabulary, K pairs. Runs on the engine's thread; mutates the scores it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,9 @@ class HouseRules:
 
     @classmethod
     def of(cls, generation_config: Any, is_encoder_decoder: bool) -> HouseRules:
-        """The rules among the fields of a transformers GenerationConfig; forced_bos_token_id means the second decoder token."""
+        """The rules among the fields of a transformers GenerationConfig; forced_bos_token_id means the second decoder
+        token.
+        """
         bad_words = getattr(generation_config, "bad_words_ids", None) or ()
         single = tuple(ids[0] for ids in bad_words if len(ids) == 1)
         return cls(
@@ -188,7 +191,7 @@ def _ban(scores_RV: torch.Tensor, pairs: Pairs) -> None:
         scores_RV[found[0], found[1]] = -torch.inf
 
 
-def _pick(rows: Sequence[Row], wants: Any) -> Picked:
+def _pick(rows: Sequence[Row], wants: Callable[[Sampling], bool]) -> Picked:
     return [(index, row) for index, row in enumerate(rows) if wants(row.request.sampling)]
 
 
@@ -197,6 +200,3 @@ def _ids(generation_config: Any, name: str) -> tuple[int, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(int(item) for item in value)
-
-
-__all__ = ["HouseRules", "Processors", "Sampling", "tokens_completing_ngrams"]

@@ -2,9 +2,9 @@
 
 Plain Python without torch, on the engine's thread; time is an argument, in seconds of ``time.monotonic``.
 
-The size of a batch is what its padded tensors can grow to. ``tokens`` = rows x (longest prompt + most new tokens), where every returned
-sequence and every beam is a row: the left-padded prompts and all that may be generated after them lie in one rectangle. A request that
-exceeds a bound all by itself runs alone rather than never.
+The size of a batch is what its padded tensors can grow to. ``tokens`` = rows x (longest prompt + most new tokens),
+where every returned sequence and every beam is a row: the left-padded prompts and all that may be generated after
+them lie in one rectangle. A request that exceeds a bound all by itself runs alone rather than never.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Scheduler:
     def collect(self, now_s: float) -> list[GenerationRequest]:
         """The next batch, best first; empty where it pays to wait a little longer.
 
-        The first in order is always of the party, so that nobody is overtaken for ever; one that does not fit is passed over.
+        The first in order is always of the party, so that nobody is overtaken for ever; one that does not fit is
+        passed over.
         """
         chosen, is_full = self._best_batch()
         if not chosen or not (is_full or self._has_waited(chosen, now_s)):
@@ -132,7 +133,9 @@ class Scheduler:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _best_batch(self) -> tuple[list[_Waiting], bool]:
-        """The best batch now, and whether waiting cannot make it larger (somebody had to be left out, or no row is left)."""
+        """The best batch now, and whether waiting cannot make it larger (somebody had to be left out, or no row is
+        left).
+        """
         ranked = sorted(self._waiting.values(), key=lambda waiting: waiting.rank)
         chosen: list[_Waiting] = []
         shape = _Rectangle()
@@ -151,7 +154,9 @@ class Scheduler:
         return chosen, left_out or shape.is_full(self._limits) or not shape.fits(self._limits)
 
     def _has_waited(self, chosen: list[_Waiting], now_s: float) -> bool:
-        """Whether anyone has waited long enough; those of other groups count, since they wait for this batch to start."""
+        """Whether anyone has waited long enough; those of other groups count, since they wait for this batch to
+        start.
+        """
         due = self.due_s()
         return due is not None and now_s >= due
 
