@@ -1,6 +1,5 @@
 """The facade for code without an event loop."""
 
-import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -37,7 +36,7 @@ def test_leaving_a_stream_cancels_on_the_server(client, server):
     stream = client.stream_complete([{"role": "user", "content": "Hi"}])
     for _ in stream:
         break
-    server.run(asyncio.wait_for(server.fake.cancelled.wait(), 5))
+    server.wait_cancelled()
     assert stream.text == "Hello"
 
 

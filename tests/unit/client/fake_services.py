@@ -243,6 +243,10 @@ class ServerThread:
         self.address = self.run(self.context.__aenter__())
         return self
 
+    def wait_cancelled(self):
+        """Wait until a call was cancelled on the server."""
+        self.run(asyncio.wait_for(self.fake.cancelled.wait(), 5))
+
     async def _make(self):
         return FakeServices()
 

@@ -57,6 +57,8 @@ app.command(rich_help_panel=LOOK)(version.version)
 
 def main() -> None:
     """Run the command line of this process; does not return."""
+    # gRPC's own notes (a connection that was closed, and the like) are said better by the exceptions.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         app()
     except SlipstreamClientError as error:

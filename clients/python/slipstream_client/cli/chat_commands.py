@@ -144,7 +144,7 @@ async def _adapter(session: ChatSession, client: SlipstreamClient, argument: str
 
 async def _stats(session: ChatSession, client: SlipstreamClient, argument: str) -> Next:
     total = session.total()
-    lines = [f"{len(session.turns)} answers, {total.prompt_tokens} tokens in, {total.completion_tokens} out"]
+    lines = [f"answers: {len(session.turns)}, {total.prompt_tokens} tokens in, {total.completion_tokens} out"]
     if total.cached_prompt_tokens:
         lines.append(f"{total.cached_prompt_tokens} of the tokens in came from the cache")
     if session.turns:

@@ -8,10 +8,11 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator
+from typing import ClassVar
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
-from rich.markdown import Markdown
+from rich.markdown import Heading, Markdown, MarkdownElement
 from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.text import Text
@@ -106,7 +107,7 @@ class GrowingMarkdown:
         if finished:
             self._print(finished)
         rows = max(3, self._console.height - MARGIN_ROWS)
-        self._live.update(_Bottom(self._block(self._growing), rows))
+        self._live.update(_Bottom(self._block(self._growing or "…"), rows))
 
     def finish(self) -> None:
         """Print what is left; nothing more comes."""
@@ -120,19 +121,44 @@ class GrowingMarkdown:
         self._has_printed = True
 
     def _block(self, text: str) -> RenderableType:
-        """Markdown, with the blank line that parts it from the block before."""
-        return _Spaced(Markdown(text.strip("\n"), code_theme=CODE_THEME), before=self._has_printed)
+        return _Block(_Markdown(text.strip("\n"), code_theme=CODE_THEME), has_before=self._has_printed)
 
 
-class _Spaced:
-    def __init__(self, content: RenderableType, *, before: bool) -> None:
+class _Block:
+    """Markdown without the blank lines around it, and one before it that parts it from the block above."""
+
+    def __init__(self, content: RenderableType, *, has_before: bool) -> None:
         self._content = content
-        self._before = before
+        self._has_before = has_before
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        if self._before:
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        while lines and _is_blank(lines[0]):
+            lines.pop(0)
+        while lines and _is_blank(lines[-1]):
+            lines.pop()
+        if self._has_before and lines:
             yield Segment.line()
-        yield self._content
+        for line in lines:
+            yield from line
+            yield Segment.line()
+
+
+def _is_blank(line: list[Segment]) -> bool:
+    return not any(segment.text.strip() for segment in line)
+
+
+class _Heading(Heading):
+    """Headings at the left, as in a book, not in a box in the middle."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = "left"
+        self.text.stylize("bold underline" if self.tag == "h1" else "bold")
+        yield self.text
+
+
+class _Markdown(Markdown):
+    elements: ClassVar[dict[str, type[MarkdownElement]]] = {**Markdown.elements, "heading_open": _Heading}
 
 
 class _Bottom:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator
 from importlib import metadata
+
+from packaging.requirements import Requirement
 
 from slipstream_client.cli import server_side
 from slipstream_client.cli.findings import Finding, fail, ok, warn
@@ -17,42 +18,49 @@ from slipstream_client.settings import ClientSettings
 # What the extras are for; the others (k8s, postgres, s3, dev) are missed only by those who asked for them.
 EXTRAS = {"": "client", "server": "server", "worker": "models", "train": "training"}
 TELLING = ("grpcio", "protobuf", "torch", "transformers", "peft", "datasets")
-REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)\s*(?:\[[^]]*\])?\s*([^;]*)(?:;(.*))?$")
-IN_EXTRA = re.compile(r"""extra\s*==\s*['"]([^'"]+)['"]""")
 PORT_TIMEOUT_S = 1.0
 
 
 def check_packages() -> list[Finding]:
-    """The packages of each extra: all there, or which are missing."""
+    """The packages of each extra: all there, or what is wrong with them."""
     version = installed_version(DISTRIBUTION)
     if not version:
         return [warn("packages", "slipstream is not installed as a package", "pip install 'slipstream[worker]'")]
-    by_extra: dict[str, list[tuple[str, str]]] = {extra: [] for extra in EXTRAS}
-    for name, allowed, extra in _requirements():
-        if extra in by_extra:
-            by_extra[extra].append((name, allowed))
-    return [ok("slipstream", version), *(_extra_finding(extra, names) for extra, names in by_extra.items() if names)]
+    return [ok("slipstream", version), *(_extra_finding(extra) for extra in EXTRAS)]
 
 
-def _requirements() -> Iterator[tuple[str, str, str]]:
-    """(package, allowed versions, extra) of what this distribution asks for; the extra is empty for the base."""
-    for text in metadata.requires(DISTRIBUTION) or ():
-        if match := REQUIREMENT.match(text):
-            name, allowed, marker = match.groups()
-            extra = IN_EXTRA.search(marker or "")
-            if name.lower() != DISTRIBUTION:
-                yield name, allowed.strip(), extra.group(1) if extra else ""
-
-
-def _extra_finding(extra: str, packages: list[tuple[str, str]]) -> Finding:
+def _extra_finding(extra: str) -> Finding:
     label = EXTRAS[extra]
-    missing = [name for name, _ in packages if not installed_version(name)]
-    if missing:
-        target = f"slipstream[{extra}]" if extra else "slipstream"
+    wanted = list(_requirements(extra))
+    problems = list(filter(None, map(_problem, wanted)))
+    if problems:
         finding = warn if extra else fail
-        return finding(label, f"not installed: {', '.join(missing)}", f"pip install '{target}'")
-    versions = [f"{name} {installed_version(name)}" for name, _ in packages if name in TELLING]
-    return ok(label, f"{len(packages)} packages" + (f": {', '.join(versions)}" if versions else ""))
+        target = f"slipstream[{extra}]" if extra else "slipstream"
+        return finding(label, ", ".join(problems), f"pip install '{target}'")
+    versions = [f"{each.name} {installed_version(each.name)}" for each in wanted if each.name in TELLING]
+    return ok(label, f"{len(wanted)} packages" + (f": {', '.join(versions)}" if versions else ""))
+
+
+def _requirements(extra: str) -> Iterator[Requirement]:
+    """What this distribution asks for on this machine, by one extra; the base where ``extra`` is empty."""
+    for text in metadata.requires(DISTRIBUTION) or ():
+        wanted = Requirement(text)
+        by_extra = {name: wanted.marker is None or wanted.marker.evaluate({"extra": name}) for name in ("", extra)}
+        # What the base asks for anyway is no part of an extra.
+        if by_extra[extra] and (not extra or not by_extra[""]) and wanted.name != DISTRIBUTION:
+            yield wanted
+
+
+def _problem(wanted: Requirement) -> str:
+    version = installed_version(wanted.name)
+    if not version:
+        return f"{wanted.name} is missing"
+    # A build of one's own, or a pre-release, counts by its number.
+    return (
+        ""
+        if wanted.specifier.contains(version, prereleases=True)
+        else f"{wanted.name} {version} is not {wanted.specifier}"
+    )
 
 
 async def check_ports() -> list[Finding]:

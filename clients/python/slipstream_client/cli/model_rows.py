@@ -46,9 +46,9 @@ def state_of(model: Model) -> str:
 
 def progress_in_words(progress: Progress) -> str:
     """``loading weights 43%``, or with counts where the total is not known."""
-    if progress.fraction is not None:
-        return f"{progress.stage} {progress.fraction:.0%}"
-    if not progress.completed_count:
-        return progress.stage
     done = progress.completed_count
-    return f"{progress.stage} {terminal.in_bytes(done) if progress.unit == 'bytes' else f'{done} {progress.unit}'}"
+    if progress.fraction is not None:
+        amount = f"{progress.fraction:.0%}"
+    else:
+        amount = terminal.in_bytes(done) if progress.unit == "bytes" else f"{done} {progress.unit}" if done else ""
+    return " ".join(filter(None, [progress.stage, amount]))

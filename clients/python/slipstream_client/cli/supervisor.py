@@ -56,6 +56,7 @@ class Child:
     on_death: Callable[[Died], None]
     process: asyncio.subprocess.Process | None = None
     quick_deaths: int = 0
+    log_start_bytes: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
     async def keep_running(self) -> None:
@@ -63,7 +64,7 @@ class Child:
         while True:
             exit_code = await self._run_once()
             delay_s = self._backoff_s(exit_code)
-            tail = tuple(last_lines(self.program.log_file, TAIL_LINES))
+            tail = tuple(last_lines(self.program.log_file, self.log_start_bytes, TAIL_LINES))
             self.on_death(
                 Died(
                     name=self.program.name,
@@ -80,6 +81,7 @@ class Child:
     async def _run_once(self) -> int:
         self.started_s = time.monotonic()
         with open_log(self.program.log_file) as log:
+            self.log_start_bytes = log.tell()
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
@@ -135,7 +137,9 @@ class Supervisor:
 
     async def _stop(self, keepers: Sequence[asyncio.Task[None]], impatient: asyncio.Event, grace_s: float) -> None:
         """SIGTERM for all; SIGKILL for what is left after the grace, or when asked to stop once more."""
-        await cancel_all(keepers)
+        for keeper in keepers:
+            keeper.cancel()
+        await asyncio.gather(*keepers, return_exceptions=True)
         for child in self._children:
             child.send(signal.SIGTERM)
         all_ended = asyncio.create_task(self._all_ended())
@@ -150,13 +154,6 @@ class Supervisor:
         await asyncio.gather(*(child.ended() for child in self._children))
 
 
-async def cancel_all(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel the tasks and wait for them."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def open_log(path: Path) -> BinaryIO:
     """The log file, to append to; one that has grown large is kept as ``.1`` and begun anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,10 +162,11 @@ def open_log(path: Path) -> BinaryIO:
     return path.open("ab")
 
 
-def last_lines(path: Path, count: int) -> list[str]:
-    """The last lines of a text file; none where it cannot be read."""
+def last_lines(path: Path, start_bytes: int, count: int) -> list[str]:
+    """The last lines of a text file, of what comes after ``start_bytes``; none where it cannot be read."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            return [line.rstrip("\n") for line in deque(file, maxlen=count)]
+        with path.open("rb") as file:
+            file.seek(start_bytes)
+            return [line.decode(errors="replace").rstrip("\n") for line in deque(file, maxlen=count)]
     except OSError:
         return []

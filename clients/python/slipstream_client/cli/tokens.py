@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ def tokenize(
         _print_coloured(content, found)
     else:
         for token in found.tokens:
-            terminal.out.print(f"{token.id}\t{token.token!r}", markup=False)
+            sys.stdout.write(f"{token.id}\t{token.token!r}\n")
 
 
 def _print_coloured(content: str, found: Tokenization) -> None:

@@ -117,15 +117,19 @@ async def _run(programs: list[Program], addresses: dict[str, str], settings: Any
         ca_cert=settings.common.tls_cert,
     )
     with View(addresses, logs=programs[0].log_file.parent) as view:
-        supervisor = Supervisor(programs, view.died)
         watching = [asyncio.create_task(view.watch_service(client, service)) for service in addresses]
         if "inference" in addresses:
             watching.append(asyncio.create_task(view.watch_models(client)))
-        grace_s = settings.common.drain_grace_s + EXTRA_GRACE_S
-        try:
-            return await supervisor.run(stopping, grace_s=grace_s, on_stopping=view.stopping)
-        finally:
+
+        def end_watching() -> None:
+            # Before the services are told to stop: an open watch is a running call, for which a drain waits.
+            view.stopping()
             for task in watching:
                 task.cancel()
+
+        grace_s = settings.common.drain_grace_s + EXTRA_GRACE_S
+        try:
+            return await Supervisor(programs, view.died).run(stopping, grace_s=grace_s, on_stopping=end_watching)
+        finally:
             await asyncio.gather(*watching, return_exceptions=True)
             await client.close()

@@ -5,6 +5,7 @@ the tail of the log.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
+from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
 
 from slipstream_client.cli import terminal
@@ -45,7 +47,8 @@ class View:
         self._logs = logs
         self._began_s = time.monotonic()
         self._serving: set[str] = set()
-        self._models: dict[str, str] = {}
+        # What each model is doing, and how much of it is done where that is known.
+        self._models: dict[str, tuple[str, float | None]] = {}
         self._was_ready = False
         self._is_stopping = False
         self._live = Live(console=terminal.out, transient=True, refresh_per_second=8)
@@ -97,7 +100,7 @@ class View:
         cause = f"exit code {death.exit_code}" if death.exit_code >= 0 else f"signal {-death.exit_code}"
         terminal.out.print(f"[bold red]{death.name} died[/] ({cause}); {fate}")
         for line in death.tail:
-            terminal.out.print(Text(f"  │ {line}", style="dim"))
+            terminal.out.print(Text(f"  │ {readable(line)}", style="dim"))
         terminal.out.print(Text(f"  ╰ {death.log_file}", style="dim"))
         self._refresh()
 
@@ -134,28 +137,50 @@ class View:
         terminal.out.print("[bold green]ready[/]")
 
     def _note_model(self, model: Model) -> None:
-        before = self._models.get(model.id)
-        words = progress_in_words(model.progress) if model.progress else model.state_message or model.state
-        now = words if model.state in BUSY_STATES else model.state
+        before = self._models.get(model.id, ("", None))[0]
+        now = self._in_words(model)
+        self._models[model.id] = (now, model.progress.fraction if model.progress else None)
+        self._refresh()
         if now == before:
             return
-        self._models[model.id] = now
         if model.state == "failed":
             terminal.out.print(
                 f"[bold red]model {escape(model.id)} failed[/] {escape(model.error or model.state_message)}"
             )
-        elif model.state == "ready" and before not in (None, "ready"):
+        elif model.state == "ready" and before:
             terminal.out.print(f"[dim]model {escape(model.id)} ready[/]")
         elif not terminal.out.is_terminal and model.state in BUSY_STATES:
             terminal.out.print(f"model {escape(model.id)} {escape(now)}")
-        self._refresh()
+
+    def _in_words(self, model: Model) -> str:
+        """What the model is doing; without numbers where each change would be a line of its own."""
+        if model.state not in BUSY_STATES:
+            return model.state
+        if model.progress is None or not model.progress.stage:
+            return model.state_message or model.state
+        return progress_in_words(model.progress) if terminal.out.is_terminal else model.progress.stage
 
     def _refresh(self) -> None:
         """Draw what is still to come: services that do not serve yet, and models on their way."""
         if not terminal.out.is_terminal:
             return
-        waiting = [] if self._is_stopping else [name for name in self._addresses if name not in self._serving]
-        busy = [f"{name}  {state}" for name, state in self._models.items() if state not in QUIET_STATES]
-        lines = [f"{name:<9} starting" for name in waiting] + busy
-        spinners = [Spinner("dots", Text(line, style="dim")) for line in lines]
-        self._live.update(Group(*spinners), refresh=True)
+        rows = Table.grid(padding=(0, 1))
+        for name in [] if self._is_stopping else self._addresses:
+            if name not in self._serving:
+                rows.add_row(Spinner("dots", style="dim"), Text(f"{name:<9}", "dim"), Text("starting", "dim"))
+        for name, (words, fraction) in self._models.items():
+            if words not in QUIET_STATES and not self._is_stopping:
+                bar = ProgressBar(total=1.0, completed=fraction, width=24) if fraction is not None else ""
+                rows.add_row(Spinner("dots", style="dim"), Text(f"{name:<9}", "dim"), Text(words, "dim"), bar)
+        self._live.update(rows, refresh=True)
+
+
+def readable(line: str) -> str:
+    """A line of a log; what a service wrote as JSON becomes level, message and the end of the traceback."""
+    try:
+        record = json.loads(line)
+        said = f"{record['level']} {record['message']}"
+    except (ValueError, KeyError, TypeError):
+        return line
+    why = str(record.get("exception", "")).strip().rpartition("\n")[2]
+    return f"{said}: {why}" if why else said
