@@ -152,7 +152,7 @@ class GenerationStream:
 
     def close(self) -> None:
         """The reader wants no more: frees the worker's row, if it still has one. Any number of times."""
-        if self._outcome is None:
+        if not self.is_ended:
             self._observer.failed("CANCELLED")
         self._is_over = True
         self._pending.clear()

@@ -34,6 +34,13 @@ def llama_facts(context_tokens: int = 4096, vocab_size: int = 400, **generation:
     return facts_of_config(config, generation)
 
 
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 @dataclass
 class FakeModel:
     """A front with one model, ``fake``, and what its workers were told."""

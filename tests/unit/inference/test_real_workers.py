@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from slipstream_server.inference.front import FrontConfig, InferenceFront, Model
 from slipstream_server.inference.results import collect
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts, read_facts
-from unit.inference.conftest import QUICK, llama_facts
+from unit.inference.conftest import QUICK, is_alive, llama_facts
 from unit.models.tokenizer_folders import byte_level, save_folder
 
 Eventually = Callable[..., Awaitable[None]]
@@ -87,3 +88,36 @@ async def test_a_tiny_model_answers_as_generate_does_alone(tmp_path: Path, asser
         assert result.usage.prompt_tokens == ids.shape[1]
     drawn = [result.completions[0].token_ids for result in sampled]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+FRONT_OF_ITS_OWN = """
+import asyncio, pathlib, sys
+from unit.inference.conftest import llama_facts
+from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
+from slipstream_server.inference.worker_config import WorkerConfig
+
+async def main(folder):
+    front = InferenceFront(FrontConfig())
+    await front.start()
+    worker = WorkerConfig(engine="null")
+    front.add_model(ModelPlan(name="tiny", folder=pathlib.Path(folder), facts=llama_facts(), worker=worker))
+    async for models in front.subscribe():
+        if models[0].state == "ready":
+            print(models[0].worker_pid, flush=True)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+async def test_a_killed_front_leaves_no_worker(tokenizer_folder: Path, assert_eventually: Eventually) -> None:
+    tests = str(Path(__file__).parents[2])
+    front = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", FRONT_OF_ITS_OWN, str(tokenizer_folder),
+        stdout=asyncio.subprocess.PIPE, env={**os.environ, "PYTHONPATH": tests},
+    )  # fmt: skip
+    assert front.stdout is not None
+    worker_pid = int(await asyncio.wait_for(front.stdout.readline(), 30))
+    assert is_alive(worker_pid)
+    front.kill()
+    await front.wait()
+    await assert_eventually(lambda: not is_alive(worker_pid))

@@ -148,7 +148,7 @@ def test_unset_means_greedy_512_tokens_and_the_models_end() -> None:
 
 
 def test_the_models_generation_config_fills_what_is_unset() -> None:
-    config = {
+    config: dict[str, Any] = {
         "do_sample": True,
         "temperature": 0.6,
         "top_p": 0.9,

@@ -15,7 +15,7 @@ from slipstream_server.inference.calls import DeltaEvent, GenerateCall, Stopping
 from slipstream_server.inference.results import collect
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.supervisor import RestartPolicy
-from unit.inference.conftest import FakeModel, OpenFront
+from unit.inference.conftest import FakeModel, OpenFront, is_alive
 from unit.inference.fake_worker import ANSWER, ENDLESS, POISON, SILENT, STALL
 
 Eventually = Callable[..., Awaitable[None]]
@@ -25,13 +25,6 @@ def call(kind: int, *words: int, max_new_tokens: int = 3) -> GenerateCall:
     return GenerateCall(
         prompt=TokenPrompt(token_ids=(kind, *words)), stopping=StoppingChoice(max_new_tokens=max_new_tokens)
     )
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 async def ready(fake: FakeModel, eventually: Eventually) -> None:
