@@ -55,7 +55,7 @@ class Resolvers:
             self._ring()
 
     def acknowledge(self, resolver_id: str, watch_id: str, sequence: int) -> int:
-        """The highest number the resolver has acknowledged. Raises WrongState for a watch that is gone, InvalidField."""
+        """The highest number acknowledged so far. Raises WrongState for a watch that is gone, InvalidField."""
         watch = self._watches.get(resolver_id)
         if watch is None or watch.watch_id != watch_id:
             raise WrongState("watch_id: the resolver's stream is gone; open a new one")
