@@ -206,6 +206,8 @@ def test_a_poisoned_request_fails_alone(caplog: pytest.LogCaptureFixture) -> Non
         ({"sampling": Sampling(logit_bias={4000: 1.0})}, "INVALID_FIELD", "sampling.logit_bias"),
         ({"sampling": Sampling(logit_bias={4: float("inf")})}, "INVALID_FIELD", "sampling.logit_bias"),
         ({"stopping": Stopping(max_new_tokens=0)}, "INVALID_FIELD", "stopping.max_new_tokens"),
+        ({"logprobs": 1001}, "INVALID_FIELD", "response.logprobs"),
+        ({"prompt_logprobs": 10**7}, "INVALID_FIELD", "response.prompt_logprobs"),
         ({"num_return_sequences": 0}, "INVALID_FIELD", "response.num_return_sequences"),
         ({"adapter": AdapterPin(version="v3", digest="d", folder="f")}, "UNSUPPORTED_FIELD", "adapter"),
         (

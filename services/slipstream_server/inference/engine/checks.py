@@ -10,6 +10,10 @@ from slipstream_server.errors import InvalidField, PromptTooLong, SlipstreamErro
 from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
 from slipstream_server.inference.generation import GenerationRequest, Sampling
 
+MAX_LOGPROBS = 1000
+MAX_PROMPT_LOGPROBS = 2_000_000
+"""Entries of all positions together."""
+
 
 def refusal(
     request: GenerationRequest, *, vocab_size: int, context_tokens: int | None, is_encoder_decoder: bool
@@ -69,12 +73,23 @@ def _bad_counts(request: GenerationRequest) -> tuple[str, str] | None:
         ("response.prompt_logprobs", request.prompt_logprobs or 0, 0),
         ("num_beams", request.beams.num_beams, 1),
     )
-    return next((name_and_why(name, value, least) for name, value, least in counts if value < least), None)
+    for name, value, least in counts:
+        if value < least:
+            return name, f"{value} is not allowed; at least {least}"
+    return _bad_logprobs(request)
 
 
-def name_and_why(name: str, value: int, least: int) -> tuple[str, str]:
-    """The violation of a lower bound."""
-    return name, f"{value} is not allowed; at least {least}"
+def _bad_logprobs(request: GenerationRequest) -> tuple[str, str] | None:
+    """Alternatives without bound would not fit into a frame to the front."""
+    if (request.logprobs or 0) > MAX_LOGPROBS:
+        return "response.logprobs", f"{request.logprobs} is not allowed; at most {MAX_LOGPROBS}"
+    entries = len(request.prompt_token_ids) * (request.prompt_logprobs or 0)
+    if entries > MAX_PROMPT_LOGPROBS:
+        return "response.prompt_logprobs", (
+            f"{request.prompt_logprobs} for {len(request.prompt_token_ids)} tokens are {entries} entries; "
+            f"at most {MAX_PROMPT_LOGPROBS}"
+        )
+    return None
 
 
 def _too_long(

@@ -69,7 +69,7 @@ def filtered(scores_SV: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     result = torch.full(scores_SV.shape, -torch.inf, dtype=torch.float64, device=scores_SV.device)
     for group in Sampler(rows, scores_SV.device)._groups:
         values_SN, ids_SN = _candidates(scores_SV.index_select(0, group.index), group)
-        result[group.index] = result[group.index].scatter(1, ids_SN, values_SN)
+        result[group.index] = result[group.index].scatter(1, ids_SN, values_SN.double())
     return result
 
 
@@ -106,7 +106,7 @@ def _draw(scores_SV: torch.Tensor, group: _Group) -> torch.Tensor:
     if group.kind != "whole":
         ids_SN, order_SN = ids_SN.sort(dim=1)
         values_SN = values_SN.gather(1, order_SN)
-    mass_SN = (values_SN - values_SN.amax(dim=1, keepdim=True)).exp().cumsum(dim=1)
+    mass_SN = (values_SN - values_SN.amax(dim=1, keepdim=True)).exp().cumsum(dim=1, dtype=torch.float64)
     draws = uniforms(
         [row.request.sampling.seed for row in group.rows],
         [row.index for row in group.rows],
@@ -121,7 +121,7 @@ def _draw(scores_SV: torch.Tensor, group: _Group) -> torch.Tensor:
 
 
 def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
-    """Filtered scores in float64 and their token ids; by falling score, or by token id for kind ``whole``."""
+    """Filtered scores and their token ids: by falling score and in float64, for ``whole`` by token id."""
     if group.temperature is not None:
         scores_SV = scores_SV / group.temperature.to(scores_SV.dtype)
     if group.kind == "top_k":
@@ -130,7 +130,7 @@ def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, t
     elif group.kind == "top_p":
         values_SN, ids_SN, log_total_S1 = _nucleus(scores_SV, group)
     else:
-        values_SN = scores_SV.double()
+        values_SN = scores_SV
         ids_SN = torch.arange(scores_SV.shape[1], device=scores_SV.device).expand(scores_SV.shape)
         log_total_S1 = None
     if group.top_p is not None and log_total_S1 is not None:
@@ -159,7 +159,7 @@ def _nucleus(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torc
     """Enough of the best tokens to hold top_p of every row, by falling score, and the log of each row's whole mass."""
     assert group.top_p is not None
     vocab_size = scores_SV.shape[1]
-    log_total_S1 = scores_SV.double().logsumexp(dim=1, keepdim=True)
+    log_total_S1 = scores_SV.logsumexp(dim=1, keepdim=True).double()
     size = min(_FIRST_GUESS, vocab_size)
     while True:
         values_SN, ids_SN = scores_SV.topk(size, dim=1)
