@@ -169,7 +169,7 @@ class _Stopping(TrainerCallback):  # type: ignore[misc]
             self._stop.is_requested = True
             control.should_save = True
             control.should_training_stop = True
-        control.should_log = control.should_log or control.should_save
+        control.should_log = control.should_log or control.should_save or control.should_evaluate
         return control
 
 
@@ -217,13 +217,14 @@ class _Telling(TrainerCallback):  # type: ignore[misc]
         metrics: Mapping[str, float],
         **_: Any,
     ) -> None:
+        self._clock.leave_out_pause()
         loss = metrics[_EVAL_LOSS]
         perplexity = float(np.exp(min(loss, 700.0)))
         self._reporter.tell(Evaluation(step=state.global_step, eval_loss=finite(loss), perplexity=finite(perplexity)))
 
 
 class _Clock:
-    """Speed since the last record, and the time left at the speed since the beginning."""
+    """Speed since the last record, and the time left at the speed since the beginning; evaluations do not count."""
 
     def __init__(self) -> None:
         self._begin = self._last = (0.0, 0, 0.0)
@@ -238,6 +239,12 @@ class _Clock:
         speed = (now[2] - self._last[2]) / max(now[0] - self._last[0], 1e-9)
         self._last = now
         return speed, (state.max_steps - state.global_step) * seconds / max(steps, 1)
+
+    def leave_out_pause(self) -> None:
+        """The time since the last record was no training. A record is made before every evaluation."""
+        pause = time.monotonic() - self._last[0]
+        self._begin = (self._begin[0] + pause, *self._begin[1:])
+        self._last = (self._last[0] + pause, *self._last[1:])
 
     @staticmethod
     def _now(state: TrainerState) -> tuple[float, int, float]:

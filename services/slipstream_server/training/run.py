@@ -121,6 +121,8 @@ def _prepare_process(recipe: TrainingRecipe) -> None:
     threads = recipe.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_processes)
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
+        # Threads that wait by spinning take the cores of whoever else runs here, a serving worker for one.
+        OMP_WAIT_POLICY="PASSIVE",
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         TRANSFORMERS_VERBOSITY="error",
