@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import subprocess
 
 import grpc
 import pytest
@@ -203,6 +204,31 @@ async def test_token_goes_along(fake):
         async with SlipstreamClient(settings=settings_for(address, token="abc")) as client:
             await client.generate("Hi")
     assert fake.seen[0].metadata["authorization"] == "Bearer abc"
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate for localhost that is its own authority: (certificate, key)."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+async def test_tls_with_an_authority_of_ones_own(fake, certificate):
+    cert, key = certificate
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    async with serving(fake, credentials=credentials) as address:
+        named = address.replace("127.0.0.1", "localhost")
+        async with SlipstreamClient(inference_address=named, ca_cert=cert, token="abc") as client:
+            assert (await client.generate("Hi")).text == "Hello there!"
+        async with SlipstreamClient(inference_address=named, tls=True) as client:
+            with pytest.raises(UnavailableError):
+                await client.generate("Hi", timeout_s=1)
+    assert len(fake.seen) == 1
 
 
 async def test_status_of_running_and_missing_services(fake):

@@ -87,6 +87,7 @@ def get_model(
 
 
 def _facts(model: Model) -> list[tuple[str, str]]:
+    slots = f"{len(model.loaded_adapter_versions)} of {model.adapter_slot_count} slots"
     held = " ".join(filter(None, [model.data_type, model.quantization, model.batching]))
     return [
         ("model", f"[bold]{escape(model.id)}[/]"),
@@ -101,7 +102,7 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("memory", terminal.in_bytes(model.memory_bytes) if model.memory_bytes else ""),
         ("on disk", terminal.in_bytes(model.disk_bytes) if model.disk_bytes else ""),
         ("chat template", "yes" if model.has_chat_template else "no"),
-        ("adapters", f"{len(model.loaded_adapter_versions)} of {model.adapter_slot_count} slots"),
+        ("adapters", slots if model.adapter_slot_count else ""),
         ("tasks", escape(", ".join(model.tasks))),
         ("licence", escape(model.licence)),
     ]
