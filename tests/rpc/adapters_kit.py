@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
+from tests.unit.adapters.lora_files import lora_files, sha256
 
 from slipstream.adapters.v1 import adapter_service_pb2 as pb2
 from slipstream.adapters.v1 import adapter_service_pb2_grpc as adapter_grpc
@@ -22,7 +23,6 @@ from slipstream_server.rpc.adapters.servicer import Registry
 from slipstream_server.rpc.server import open_server
 from slipstream_server.storage.artifacts import ArtifactStore
 from slipstream_server.storage.database import Database, DatabaseConfig
-from tests.unit.adapters.lora_files import lora_files, sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from tests.rpc.adapters_kit import AdapterClient, adapter_service, failure, names, refused
+from tests.unit.adapters.lora_files import BASE, lora_files, peft_config
 
 from slipstream.adapters.v1 import adapter_service_pb2 as pb2
 from slipstream_server.adapters.housekeeping import Housekeeping
-from tests.rpc.adapters_kit import AdapterClient, adapter_service, failure, names, refused
-from tests.unit.adapters.lora_files import BASE, lora_files, peft_config
 
 
 @pytest.fixture
@@ -109,7 +109,8 @@ async def test_versions_count_up_and_say_what_they_are(client: AdapterClient) ->
     assert "576 parameters in float32" in first.state_message
     assert dict(first.metrics) == {"eval_loss": 0.5}
     assert first.provenance.uploaded_by == "anonymous"
-    assert first.digest.startswith("sha256:") and first.digest != second.digest
+    assert first.digest.startswith("sha256:")
+    assert first.digest != second.digest
     adapter = await client.stub.GetAdapter(pb2.GetAdapterRequest(name="support"))
     assert (adapter.base_model, adapter.version_count, adapter.latest_version) == (BASE, 2, second.name)
     listed = await client.stub.ListAdapterVersions(pb2.ListAdapterVersionsRequest(parent="support"))
@@ -120,7 +121,8 @@ async def test_the_same_bytes_again_are_the_version_there_is(client: AdapterClie
     first = await client.upload("support")
     assert await client.upload("support", chunk_bytes=77) == first
     elsewhere = await client.upload("other")
-    assert elsewhere.name == "adapters/other/versions/v1" and elsewhere.digest == first.digest
+    assert elsewhere.name == "adapters/other/versions/v1"
+    assert elsewhere.digest == first.digest
 
 
 async def test_the_digest_does_not_depend_on_how_the_configuration_is_spelled(client: AdapterClient) -> None:
@@ -179,7 +181,8 @@ async def test_a_version_in_use_cannot_be_retired_and_a_retired_one_is_collected
     assert await refused(client.stub.DeleteAdapterVersion(by_alias)) == ("INVALID_ARGUMENT", "INVALID_FIELD")
     await client.stub.DeleteAdapterVersion(retire)
     found = await client.stub.GetAdapterVersion(pb2.GetAdapterVersionRequest(name=gone.name))
-    assert found.state == pb2.AdapterVersion.STATE_RETIRED and found.provenance == gone.provenance
+    assert found.state == pb2.AdapterVersion.STATE_RETIRED
+    assert found.provenance == gone.provenance
     assert await refused(client.download(name=gone.name)) == ("FAILED_PRECONDITION", "WRONG_STATE")
     assert await refused(client.set_alias("support@next", "v2")) == ("FAILED_PRECONDITION", "WRONG_STATE")
     listed = await client.stub.ListAdapterVersions(pb2.ListAdapterVersionsRequest(parent="support"))
@@ -203,7 +206,8 @@ async def test_deleting_an_adapter_with_versions_takes_force_and_numbers_go_on(c
     assert again.name == "adapters/support/versions/v2"
     assert await refused(client.download(name="support@v1")) == ("NOT_FOUND", "ADAPTER_VERSION_NOT_FOUND")
     alias = (await client.set_alias("support@live", "v2", expected_generation=0)).alias
-    assert alias.generation > generation + 1 and not alias.history
+    assert alias.generation > generation + 1
+    assert not alias.history
 
 
 # Aliases

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 from safetensors.numpy import load, save
-
-from slipstream.adapters.v1 import adapter_service_pb2 as pb2
-from slipstream.type.v1 import artifact_pb2
 from tests.rpc.adapters_kit import (
     AdapterClient,
     adapter_service,
@@ -24,6 +21,9 @@ from tests.rpc.adapters_kit import (
     refused,
 )
 from tests.unit.adapters.lora_files import CONFIG, WEIGHTS, lora_files, lora_tensors, peft_config, sha256
+
+from slipstream.adapters.v1 import adapter_service_pb2 as pb2
+from slipstream.type.v1 import artifact_pb2
 
 Files = dict[str, bytes]
 UNSAFE = ("FAILED_PRECONDITION", "UNSAFE_WEIGHTS")
@@ -94,18 +94,20 @@ def with_config(**changes: Any) -> Files:
     return lora_files(config=peft_config(**changes))
 
 
-def with_tensors(change: Callable[[dict[str, Any]], None]) -> Files:
-    tensors = lora_tensors()
-    change(tensors)
-    return with_weights(save(tensors))
-
-
 def header_only(header: Mapping[str, Any], data: bytes = b"") -> Files:
     raw = json.dumps(header).encode()
     return with_weights(struct.pack("<Q", len(raw)) + raw + data)
 
 
+def replaced(name: str, change: Callable[[Any], Any], by: str = "") -> Files:
+    """The adapter with one tensor changed, under its own name or another one."""
+    tensors = lora_tensors()
+    tensors[by or name] = change(tensors[name])
+    return with_weights(save(tensors))
+
+
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+DOWN, UP = f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"
 HUGE = {"dtype": "F32", "shape": [10**6, 10**6, 10**6], "data_offsets": [0, 4 * 10**18]}
 
 BAD_ADAPTERS: dict[str, tuple[Files, tuple[str, str]]] = {
@@ -136,11 +138,11 @@ BAD_ADAPTERS: dict[str, tuple[Files, tuple[str, str]]] = {
     "weights cut in the header": (with_weights(lora_files()[WEIGHTS][:50]), CORRUPT),
     "weights of four bytes": (with_weights(b"abcd"), CORRUPT),
     "a header of 100 MB": (with_weights(struct.pack("<Q", 100 * 2**20) + b"{" * 100), CORRUPT),
-    "shapes beyond all bounds": (header_only({f"{FIRST}.lora_A.weight": HUGE}), CORRUPT),
+    "shapes beyond all bounds": (header_only({DOWN: HUGE}), CORRUPT),
     "no tensors": (header_only({}), CORRUPT),
-    "a tensor that is no LoRA's": (with_tensors(lambda t: t.update({"base_model.model.x.weight": t[f"{FIRST}.lora_A.weight"]})), INCOMPATIBLE),
-    "half a pair": (with_tensors(lambda t: t.pop(f"{FIRST}.lora_B.weight")), CORRUPT),
-    "factors that do not meet": (with_tensors(lambda t: t.update({f"{FIRST}.lora_B.weight": t[f"{FIRST}.lora_B.weight"][:, :3].copy()})), CORRUPT),
+    "a tensor that is no LoRA's": (replaced(DOWN, lambda down: down, by="base_model.model.x.weight"), INCOMPATIBLE),
+    "half a pair": (with_weights(save({DOWN: lora_tensors()[DOWN]})), CORRUPT),
+    "factors that do not meet": (replaced(UP, lambda up: up[:, :3].copy()), CORRUPT),
     "a base without a name": (with_config(base_model_name_or_path="/home/me/model"), INVALID),
 }  # fmt: skip
 
@@ -151,7 +153,8 @@ async def test_bad_adapters_are_refused_and_leave_nothing(client: AdapterClient,
     code, reason, message, _ = await failure(client.upload("support", files))
     assert (code.name, reason) == expected, message
     assert await left_behind(client) == (0, 0)
-    assert str(client.store.place.staging.parent) not in message and "Traceback" not in message
+    assert str(client.store.place.staging.parent) not in message
+    assert "Traceback" not in message
 
 
 async def test_a_path_in_the_configuration_is_replaced_by_what_the_uploader_says(client: AdapterClient) -> None:

@@ -60,9 +60,7 @@ class Resolvers:
         if watch is None or watch.watch_id != watch_id:
             raise WrongState("watch_id: the resolver's stream is gone; open a new one")
         if not 0 <= sequence <= watch.sent:
-            raise InvalidField.of(
-                "sequence", f"{sequence} was never sent on this stream, the last was {watch.sent}"
-            )
+            raise InvalidField.of("sequence", f"{sequence} was never sent on this stream, the last was {watch.sent}")
         watch.acknowledged = max(watch.acknowledged, sequence)
         self._ring()
         return watch.acknowledged

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tests.unit.adapters.lora_files import HIDDEN, INNER, base_tensors, lora_tensors, peft_config
 
 from slipstream_server.adapters import configuration
 from slipstream_server.adapters.compatibility import compatible
 from slipstream_server.adapters.inspection import AdapterFacts, inspect
 from slipstream_server.errors import CorruptArtifact, IncompatibleAdapter
 from slipstream_server.models.safetensors_header import TensorEntry, read_header
-from tests.unit.adapters.lora_files import HIDDEN, INNER, base_tensors, lora_tensors, peft_config
 
 PREFIX = "base_model.model."
 
@@ -75,7 +75,8 @@ def test_ranks_may_differ_where_a_pattern_says_so(tmp_path: Path) -> None:
         tensors[f"{module}.lora_A.weight"] = np.zeros((2, INNER), np.float32)
         tensors[f"{module}.lora_B.weight"] = np.zeros((HIDDEN, 2), np.float32)
     facts = facts_of(tmp_path, tensors, rank_pattern={"mlp.down_proj": 2})
-    assert {module.rank for module in facts.modules.values()} == {2, 4} and facts.largest_rank == 4
+    assert {module.rank for module in facts.modules.values()} == {2, 4}
+    assert facts.largest_rank == 4
     with pytest.raises(CorruptArtifact, match="rank"):
         facts_of(tmp_path, tensors, rank_pattern={"q_proj": 4})
 
@@ -120,7 +121,7 @@ def test_another_base_is_refused_with_the_first_misfit(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleAdapter, match=r"\[32, 24\].*24 inputs and 16 outputs"):
         compatible(facts_of(tmp_path), wider)
     shallower = {name: tensor for name, tensor in base_tensors().items() if ".layers.1." not in name}
-    with pytest.raises(IncompatibleAdapter, match="no module 'model.layers.1"):
+    with pytest.raises(IncompatibleAdapter, match=r"no module 'model\.layers\.1"):
         compatible(facts_of(tmp_path), header_of(shallower, tmp_path))
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
+
+from tests.unit.adapters.lora_files import lora_files, sha256
 
 from slipstream_server.adapters.aliases import Aliases, GateUse, Move
 from slipstream_server.adapters.intake import AnnouncedFile, BaseModel, Chunk, Intake
@@ -17,7 +20,6 @@ from slipstream_server.resource_names import AdapterAliasName
 from slipstream_server.storage.artifacts import open_store
 from slipstream_server.storage.database import Database, DatabaseConfig
 from slipstream_server.storage.migrations import drift, migrate
-from tests.unit.adapters.lora_files import lora_files, sha256
 
 LIVE = AdapterAliasName("support", "live")
 
@@ -75,7 +77,7 @@ async def upload(database: Database, intake: Intake, seed: int) -> None:
     files = lora_files(seed)
     announced = [AnnouncedFile(path=path, size_bytes=len(data), sha256=sha256(data)) for path, data in files.items()]
 
-    async def chunks():  # type: ignore[no-untyped-def]
+    async def chunks() -> AsyncIterator[Chunk]:
         for index, data in enumerate(files.values()):
             yield Chunk(file_index=index, offset_bytes=0, data=data)
 
