@@ -1,9 +1,11 @@
 """Every failure Slipstream can name, as one tree of exceptions.
 
     SlipstreamError
-    ├── InvalidRequest          InvalidField · PromptTooLong · UnsupportedField · UnknownParameter · MalformedRequest
+    ├── InvalidRequest          InvalidField · PromptTooLong · UnsupportedField · UnknownParameter
+    │                           MalformedRequest
     ├── NotFound                ModelNotFound · AdapterNotFound · AdapterVersionNotFound · AliasNotFound
-    │                           ConversationNotFound · MessageNotFound · DatasetNotFound · JobNotFound · CheckpointNotFound
+    │                           ConversationNotFound · MessageNotFound · DatasetNotFound · JobNotFound
+    │                           CheckpointNotFound
     ├── AlreadyExists           ResourceExists · RequestIdReused
     ├── FailedPrecondition      WrongState · IncompatibleAdapter · UnsafeWeights · CorruptArtifact · InvalidDataset
     │                           AliasMissing · GateClosed · MissingDependency · ModelLoadFailed · SchemaTooNew
@@ -18,8 +20,8 @@
     └── InternalError
 
 A class that can be raised carries its ``reason``: the name of a value of ``slipstream.type.v1.ErrorReason`` without the
-enum's prefix. The classes directly below ``SlipstreamError`` are the ones that ``rpc/status.py`` maps to gRPC status codes; nothing here
-knows about gRPC. Messages are written for the caller: they name the field, the value and what is allowed, and never
+enum's prefix. The classes directly below ``SlipstreamError`` are the ones that ``rpc/status.py`` maps to gRPC status
+codes; nothing here knows about gRPC. Messages are written for the caller: they name the field, the value and what is allowed, and never
 hold a path of this machine or a traceback.
 """
 

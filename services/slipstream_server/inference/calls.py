@@ -1,7 +1,7 @@
 """What a caller asks of the front: a generation before tokenizing and before the model's defaults are filled in.
 
-``rpc/`` builds these from protobuf, the front turns them into ``generation.GenerationRequest``. ``None`` always means "not set by
-the caller". Field names in errors follow the protobuf spelling (``sampling.top_p``). No protobuf, no torch.
+``rpc/`` builds these from protobuf, the front turns them into ``generation.GenerationRequest``. ``None`` always means
+"not set by the caller". Field names in errors follow the protobuf spelling (``sampling.top_p``). No protobuf, no torch.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class BeamChoice:
 class GenerateCall:
     """One Generate or StreamGenerate as the caller meant it.
 
-    ``model`` empty: the service's default. ``adapter``: ``name``, ``name@alias`` or ``name@v3``; empty for the model's default.
-    ``deadline_monotonic_s``: on ``time.monotonic``'s clock, ``None`` for no deadline.
+    ``model`` empty: the service's default. ``adapter``: ``name``, ``name@alias`` or ``name@v3``; empty for the model's
+    default. ``deadline_monotonic_s``: on ``time.monotonic``'s clock, ``None`` for no deadline.
     """
 
     prompt: Prompt

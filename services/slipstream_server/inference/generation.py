@@ -1,10 +1,11 @@
 """What front and worker say to each other: commands, events and their frames.
 
-A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct, or for worker to front a list of them
-(all events of one engine step travel together). Nothing here imports torch, grpc or protobuf, and nothing is pickled. The front fills in every
-default before a request gets here: the worker never guesses.
+A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct, or for worker to front a list
+of them (all events of one engine step travel together). Nothing here imports torch, grpc or protobuf, and nothing is
+pickled. The front fills in every default before a request gets here: the worker never guesses.
 
-Ids are chosen by the front and unique for a worker's life. A request has ``num_return_sequences`` sequences with indices 0, 1, ...
+Ids are chosen by the front and unique for a worker's life. A request has ``num_return_sequences`` sequences with
+indices 0, 1, ...
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ FinishReason = Literal["eos_token", "stop_token", "stop_string", "length"]
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
-    """How tokens are drawn. Neutral values switch a step off; the draw for a position depends on (seed, index, position) alone."""
+    """How tokens are drawn. Neutral values switch a step off; a draw depends on (seed, index, position) alone."""
 
     do_sample: bool = False
     temperature: float = 1.0
@@ -94,7 +95,7 @@ class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
 
 
 class EndSequence(msgspec.Struct, frozen=True, tag="end_sequence"):
-    """Front to worker: one sequence has met a stop string. No further tokens of it follow a step later; the others run on."""
+    """Front to worker: one sequence has met a stop string. It ends within a step; the others run on."""
 
     id: int
     index: int
@@ -108,7 +109,7 @@ Command = Submit | Cancel | EndSequence | Shutdown
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Logprobs at one position: the chosen token's (NaN where there is none, the first prompt token) and the best others, best first."""
+    """Logprobs at one position: the chosen token's (NaN for a prompt's first token) and the best ones, best first."""
 
     logprob: float
     top_token_ids: list[int]
@@ -123,7 +124,7 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Worker to front: the model answers. ``settings`` are facts for people: device, dtype, attention, threads, batching."""
+    """Worker to front: the model answers. ``settings`` are further facts for people, such as threads."""
 
     device: str
     dtype: str
@@ -179,7 +180,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
-    """What the engine is doing, sent when it changes and at most every 250 ms. Totals count since the worker started."""
+    """What the engine is doing, sent when it changes, at most every 250 ms. Totals count from the worker's start."""
 
     num_running: int
     num_waiting: int
