@@ -44,7 +44,7 @@ def classify(error: BaseException) -> Failure:
     """
     chain = list(_causes(error))
     if any(_is_storage_full(cause) for cause in chain):
-        message = "the disk that holds the job's files is full"
+        message = "the disk that holds the job's files is full or cannot be written"
         return Failure(reason=StorageFull.reason, message=message, exit_status=ExitStatus.STORAGE_FULL)
     if any(_is_out_of_memory(cause) for cause in chain):
         message = "not enough memory; a smaller batch_size_per_device or max_length needs less"
@@ -68,12 +68,20 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
+# What torch.save and safetensors say where the system's error was no space: they write natively and lose its number.
+_FAILED_WRITES = (
+    "No space left on device",
+    "os error 28",
+    "PytorchStreamWriter failed writing",
+    "inline_container.cc",
+    "iostream error",
+)
+
+
 def _is_storage_full(error: BaseException) -> bool:
-    """torch and safetensors write natively and report the system's error only within a text of their own."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return "No space left on device" in text or "os error 28" in text or "PytorchStreamWriter failed writing" in text
+    return any(text in str(error) for text in _FAILED_WRITES)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

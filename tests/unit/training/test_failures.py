@@ -33,6 +33,11 @@ class OutOfMemoryError(RuntimeError):
             "STORAGE_FULL",
             ExitStatus.STORAGE_FULL,
         ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 100672 vs 100564"),
+            "STORAGE_FULL",
+            ExitStatus.STORAGE_FULL,
+        ),
         (OutOfMemoryError("CUDA out of memory"), "OUT_OF_MEMORY", ExitStatus.OUT_OF_MEMORY),
         (MemoryError(), "OUT_OF_MEMORY", ExitStatus.OUT_OF_MEMORY),
         (

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from slipstream_server.training.checkpoints import list_checkpoint_folders
 from slipstream_server.training.events import Checkpoint, Evaluation, Failed, Started, Stopped
 from slipstream_server.training.failures import ExitStatus
 from slipstream_server.training.job_folder import JobFolder
 from slipstream_server.training.result import TrainingResult, read_result
 
-from .conftest import MakeJob, events, start_runner
+from .conftest import MakeJob, RunHere, events, start_runner
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = {"max_steps": 300, "checkpoint_interval_steps": 10, "logging_interval_steps": 10}
 TWO_PROCESSES = (
-    "-m", "accelerate.commands.launch", "--cpu", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
 )  # fmt: skip
 
@@ -101,6 +103,40 @@ def test_launcher_that_starts_too_few_is_found_out(make_job: MakeJob) -> None:
     (failure,) = events(job)
     assert isinstance(failure, Failed)
     assert "expects 2 processes, the launcher started 1" in failure.message
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one mebibyte."""
+    path = tmp_path / "small"
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs rights that this process lacks")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+def test_disk_that_is_really_full_is_told_and_training_goes_on_with_space(
+    make_job: MakeJob, run_here: RunHere, small_disk: Path
+) -> None:
+    """Two checkpoints of a quarter mebibyte fit beside the filling, a third one does not."""
+    recipe = make_job(max_steps=40, checkpoint_interval_steps=5).recipe.read_bytes()
+    job = JobFolder(small_disk / "job")
+    job.path.mkdir()
+    job.recipe.write_bytes(recipe)
+    filling = small_disk / "filling"
+    filling.write_bytes(b"x" * 330_000)
+    assert run_here(job) == ExitStatus.STORAGE_FULL
+    failure = events(job)[-1]
+    assert isinstance(failure, Failed)
+    assert failure.reason == "STORAGE_FULL"
+    assert [path.name for path in list_checkpoint_folders(job.checkpoints)] == ["checkpoint-5", "checkpoint-10"]
+    filling.unlink()
+    assert run_here(job, 2) == ExitStatus.FINISHED
+    started = events(job, 2)[0]
+    assert isinstance(started, Started)
+    assert started.resumed_from_step == 10
 
 
 @pytest.fixture(autouse=True)
