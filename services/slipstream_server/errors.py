@@ -21,8 +21,8 @@
 
 A class that can be raised carries its ``reason``: the name of a value of ``slipstream.type.v1.ErrorReason`` without the
 enum's prefix. The classes directly below ``SlipstreamError`` are the ones that ``rpc/status.py`` maps to gRPC status
-codes; nothing here knows about gRPC. Messages are written for the caller: they name the field, the value and what is allowed, and never
-hold a path of this machine or a traceback.
+codes; nothing here knows about gRPC. Messages are written for the caller: they name the field, the value and what is
+allowed, and never hold a path of this machine or a traceback.
 """
 
 from __future__ import annotations
