@@ -172,6 +172,8 @@ async def test_another_base_than_the_adapters_is_refused(client: AdapterClient) 
         pb2.CreateAdapterRequest(adapter_id="support", adapter=pb2.Adapter(base_model="org/big"))
     )
     assert await refused(client.upload("support")) == INCOMPATIBLE
+    said = header_message("support", lora_files(), base_model="org/tiny", validate_only=True)
+    assert await refused(client.stub.UploadAdapter(iter([said]))) == INCOMPATIBLE
     assert await left_behind(client) == (1, 0)
 
 

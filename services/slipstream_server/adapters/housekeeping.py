@@ -46,7 +46,7 @@ class Housekeeping:
         while True:
             try:
                 await self.round()
-            except SlipstreamError as error:
+            except (SlipstreamError, OSError) as error:
                 log.warning("housekeeping was put off: %s", error)
             await asyncio.sleep(self._interval_s)
 

@@ -38,9 +38,11 @@ class Uploads:
         expected = await self._versions.expected_base(adapter, may_be_missing=header.create_missing)
         base = BaseModel(
             said=check_base_name(header.base_model, "header.base_model"),
-            said_revision=header.base_model_revision[: requests.MAX_PROVENANCE_TEXT_CHARS],
+            said_revision=requests.text_of(header.base_model_revision, "header.base_model_revision"),
             expected=expected,
         )
+        if base.said:
+            base.chosen("")
         if header.validate_only:
             return _announced(header, base, details)
         received = await self._intake.receive(files, _chunks(messages), base)

@@ -19,7 +19,7 @@ from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.artifact_manifest import check_sha256
 from slipstream_server.storage.request_records import RequestKey
 
-MAX_PROVENANCE_TEXT_CHARS = 512
+MAX_TEXT_CHARS = 512
 _STATES = {number: state for state, number in STATES.items()}
 
 
@@ -91,6 +91,13 @@ def digest_of(text: str, field: str) -> str:
     return check_sha256(text.removeprefix(DIGEST_PREFIX), field)
 
 
+def text_of(text: str, field: str) -> str:
+    """``text`` if it can stand in a version's provenance."""
+    if len(text) > MAX_TEXT_CHARS or not text.isprintable():
+        raise InvalidField.of(field, f"{text[:80]!a} is not at most {MAX_TEXT_CHARS} printable characters")
+    return text
+
+
 def model_id(text: str) -> str:
     return ModelName.parse(text if "/" in text else f"models/{text}", "model").model
 
@@ -121,8 +128,5 @@ def _check_provenance(provenance: pb2.Provenance) -> None:
     if provenance.step < 0:
         raise InvalidField.of("header.provenance.step", f"{provenance.step} is below 0")
     for field, value in provenance.ListFields():
-        if isinstance(value, str) and len(value) > MAX_PROVENANCE_TEXT_CHARS:
-            raise InvalidField.of(
-                f"header.provenance.{field.name}",
-                f"has {len(value)} characters; at most {MAX_PROVENANCE_TEXT_CHARS}",
-            )
+        if isinstance(value, str):
+            text_of(value, f"header.provenance.{field.name}")
