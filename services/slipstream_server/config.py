@@ -114,7 +114,13 @@ class InferenceConfig(_ServiceConfig):
     )
     memory_fraction: float = setting(0.9, "share of the device's memory that serving may use", minimum=0.01, maximum=1)
     threads: int | None = setting(None, "CPU threads of a worker; unset: torch's choice", minimum=1, maximum=1_024)
+    adapter_slots: int = setting(
+        8, "adapters held on a model's device at once; 0: models are served without", minimum=0, maximum=1_024
+    )
+    max_adapter_rank: int = setting(64, "largest rank of an adapter that is served", minimum=1, maximum=1_024)
     adapters_address: str | None = setting(None, "HOST:PORT of the adapters service; unset: by common.base_port")
+    adapters_tls_ca: Path | None = setting(None, "PEM file; speak TLS to adapters and trust this authority")
+    adapters_token_file: Path | None = setting(None, "its first token is shown to adapters; unset: common.token_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +139,12 @@ class TrainingConfig(_ServiceConfig):
 
     database_url: str | None = setting(None, "SQLAlchemy URL; unset: SQLite in data_dir")
     max_running_jobs: int = setting(1, "jobs that may run at once", minimum=1, maximum=1_024)
+    max_waiting_jobs: int = setting(1_000, "jobs that may wait", minimum=1, maximum=100_000)
+    max_dataset_bytes: int = setting(1 << 30, "largest dataset accepted", minimum=1024, maximum=1 << 40)
+    artifacts_url: str | None = setting(None, "fsspec URL of the store of datasets; unset: a folder in data_dir")
+    keep_job_files_days: float = setting(
+        30.0, "how long the checkpoints of jobs that ended are kept", minimum=0, maximum=36_500
+    )
     import_roots: tuple[Path, ...] = setting((), "folders below which clients may name datasets and models")
     adapters_address: str | None = setting(None, "HOST:PORT of the adapters service; unset: by common.base_port")
     inference_address: str | None = setting(None, "HOST:PORT of the inference service; unset: by common.base_port")

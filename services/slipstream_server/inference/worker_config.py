@@ -21,7 +21,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything a worker needs to know.
 
     ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep linear weights in oneDNN's
-    own layout as well, where that gives the same products (faster; their memory once more).
+    own layout as well, where that gives the same products (faster; their memory once more). ``adapter_slots``:
+    adapters held on the device at once, which is also the most that one batch mixes; 0 for a model without adapters.
     """
 
     model_folder: Path | None = None
@@ -32,14 +33,21 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_queue_delay_ms: float = 5.0
     threads: int = 0
     packed_linears: bool = True
+    adapter_slots: int = 8
+    max_adapter_rank: int = 64
     log_level: str = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
 
     def __post_init__(self) -> None:
         if self.engine != "null" and self.model_folder is None:
             raise ValueError("model_folder is needed by every engine but null")
-        if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}; at least 0")
+        for name, value, least in (
+            ("threads", self.threads, 0),
+            ("adapter_slots", self.adapter_slots, 0),
+            ("max_adapter_rank", self.max_adapter_rank, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; at least {least}")
         self.limits()
 
     def limits(self) -> BatchLimits:
@@ -48,6 +56,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             max_batch_size=self.max_batch_size,
             max_batch_tokens=self.max_batch_tokens,
             max_queue_delay_ms=self.max_queue_delay_ms,
+            max_batch_adapters=max(1, self.adapter_slots),
         )
 
 

@@ -25,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from slipstream_server.inference.engine.adapters import AdapterSlots
 from slipstream_server.inference.engine.padded import PaddedEngine
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.generation import (
@@ -149,7 +150,7 @@ class Answer:
 class Bench:
     """An engine and everything it has said. ``now`` is its clock, which stands still unless moved."""
 
-    def __init__(self, model: Any, **limits: Any) -> None:
+    def __init__(self, model: Any, *, slots: AdapterSlots | None = None, **limits: Any) -> None:
         self.now = time.monotonic()
         self.steps = 0
         self.answers: dict[int, Answer] = {}
@@ -157,6 +158,7 @@ class Bench:
         self.engine = PaddedEngine(
             model,
             BatchLimits(**{"max_queue_delay_ms": 0, **limits}),
+            slots=slots,
             poll=lambda: self.on_poll(),
             clock=lambda: self.now,
         )

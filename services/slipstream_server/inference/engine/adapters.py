@@ -18,7 +18,12 @@ class AdapterSlots(Protocol):
     """Adapter weights on the device."""
 
     def hold(self, pin: AdapterPin) -> None:
-        """Make the pinned version usable by rows, or raise a SlipstreamError that fails the request alone."""
+        """Make the pinned version usable by rows until ``release_all``, or raise a SlipstreamError that fails the
+        request alone.
+        """
+
+    def release_all(self) -> None:
+        """No row is left that uses an adapter: what is held stays at hand, but may give its place to others."""
 
     def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         """Within it, row i of every forward runs with the adapter that ``rows[i].request.adapter`` pins (None: the
@@ -31,6 +36,9 @@ class NoAdapters:
 
     def hold(self, pin: AdapterPin) -> None:
         raise UnsupportedField.of("adapter", f"version {pin.version!r}: this model is served without adapters")
+
+    def release_all(self) -> None:
+        return
 
     def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
         return nullcontext()

@@ -8,11 +8,14 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
+from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
+from slipstream_server.inference.engine.lora_slots import LoraSlots
 from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
 from slipstream_server.inference.engine.padded import PaddedEngine
 from slipstream_server.inference.generation import Failed, Finished, GenerationRequest, Ready, Sampling, Stopping
@@ -40,7 +43,14 @@ def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> 
     packed = pack_linears(loaded.model) if config.packed_linears and loaded.device.type == "cpu" else 0
     report(0.9, "first step")
     warm_up(PaddedEngine(loaded.model, config.limits()))
-    return PaddedEngine(loaded.model, config.limits(), poll=poll), _ready(loaded, config, packed)
+    engine = PaddedEngine(loaded.model, config.limits(), slots=_slots(loaded.model, config), poll=poll)
+    return engine, _ready(loaded, config, packed)
+
+
+def _slots(model: Any, config: WorkerConfig) -> AdapterSlots:
+    if not config.adapter_slots:
+        return NoAdapters()
+    return LoraSlots(model, num_slots=config.adapter_slots, max_rank=config.max_adapter_rank)
 
 
 def warm_up(engine: PaddedEngine) -> None:
@@ -78,6 +88,8 @@ def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
             "max_batch_size": str(config.max_batch_size),
             "max_batch_tokens": str(config.max_batch_tokens),
             "max_queue_delay_ms": f"{config.max_queue_delay_ms:g}",
+            "adapter_slots": str(config.adapter_slots),
+            "max_adapter_rank": str(config.max_adapter_rank),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },

@@ -135,6 +135,7 @@ class PaddedEngine:
         return self._batch
 
     def _start(self, requests: list[GenerationRequest]) -> None:
+        self._slots.release_all()
         rows = [row for request in requests for row in self._admit(request)]
         if rows and requests[0].beams.num_beams > 1:
             self._search_beams()

@@ -22,12 +22,14 @@ class BatchLimits:
     max_batch_size: int = 16
     max_batch_tokens: int = 16384
     max_queue_delay_ms: float = 5.0
+    max_batch_adapters: int = 8
 
     def __post_init__(self) -> None:
         for name, value, least in (
             ("max_batch_size", self.max_batch_size, 1),
             ("max_batch_tokens", self.max_batch_tokens, 1),
             ("max_queue_delay_ms", self.max_queue_delay_ms, 0),
+            ("max_batch_adapters", self.max_batch_adapters, 1),
         ):
             if not value >= least:
                 raise ValueError(f"{name} is {value}; at least {least}")
@@ -47,22 +49,28 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Rectangle:
-    """The padded size of a batch in the making."""
+    """The padded size of a batch in the making, and the digests of the adapters in it."""
 
     rows: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
+    adapters: frozenset[str] = frozenset()
 
     def grown(self, request: GenerationRequest) -> _Rectangle:
         return _Rectangle(
             self.rows + num_rows(request),
             max(self.prompt_tokens, len(request.prompt_token_ids)),
             max(self.new_tokens, request.stopping.max_new_tokens),
+            self.adapters if request.adapter is None else self.adapters | {request.adapter.digest},
         )
 
     def fits(self, limits: BatchLimits) -> bool:
         tokens = self.rows * (self.prompt_tokens + self.new_tokens)
-        return self.rows <= limits.max_batch_size and tokens <= limits.max_batch_tokens
+        return (
+            self.rows <= limits.max_batch_size
+            and tokens <= limits.max_batch_tokens
+            and len(self.adapters) <= limits.max_batch_adapters
+        )
 
     def is_full(self, limits: BatchLimits) -> bool:
         return self.rows >= limits.max_batch_size
