@@ -23,7 +23,6 @@ from tests.bench.report import Comparison, emit, interleaved
 from tests.bench.service import inference_service
 
 from slipstream_client import SlipstreamClient
-from slipstream_client.options import TokenIds
 
 SEED = 20260
 NUM_PROMPTS = 16
@@ -34,7 +33,7 @@ TEXT = "river stone light paper engine quiet morning garden number window silver
 class Request:
     """One prompt, as ids, and how many tokens to produce."""
 
-    prompt: TokenIds
+    prompt: Sequence[int]
     max_new_tokens: int
 
 
@@ -47,7 +46,7 @@ async def workload(client: SlipstreamClient, *, mixed: bool) -> list[Request]:
     for _ in range(NUM_PROMPTS):
         length = random_source.randint(16, 128)
         start = random_source.randrange(len(ids) - length)
-        prompt = TokenIds(ids[start : start + length])
+        prompt = ids[start : start + length]
         requests.append(Request(prompt, random_source.randint(8, 96) if mixed else 64))
     return requests
 
@@ -117,7 +116,7 @@ async def bench_hop(model: str, *, save: bool, calls: int = 500) -> None:
         inference_service(model, "--batching", "null") as address,
         SlipstreamClient(inference_address=address) as client,
     ):
-        prompt = TokenIds([1, 2, 3])
+        prompt = [1, 2, 3]
         for _ in range(50):
             await client.generate(prompt, max_new_tokens=1)
         latencies_ms = []
