@@ -5,24 +5,30 @@
 closed_16x64      16 prompts of 16 to 128 tokens at once, 64 new tokens each, end-of-sequence ignored; output tokens/s
                   against the same requests one at a time
 closed_16xmixed   the same with 8 to 96 new tokens each: nobody takes a finished row's place until the batch ends
-hop               a request of one token to an engine that does nothing, over gRPC; milliseconds, against calling
-                  the front in the same process
+hop_null_engine   one token from an engine that does nothing: over gRPC, against calling the front in this process
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from tests.bench.report import Comparison, emit, interleaved
 from tests.bench.service import inference_service
 
 from slipstream_client import SlipstreamClient
+from slipstream_server.inference.calls import GenerateCall, StoppingChoice, TokenPrompt
+from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
+from slipstream_server.inference.supervisor import ModelState
+from slipstream_server.inference.worker_config import WorkerConfig
+from slipstream_server.models.facts import read_facts
+from slipstream_server.models.sources import resolve
 
 SEED = 20260
 NUM_PROMPTS = 16
@@ -110,37 +116,68 @@ async def bench_batching(model: str, pairs: int, *, save: bool) -> None:
             emit(line, save=save)
 
 
-async def bench_hop(model: str, *, save: bool, calls: int = 500) -> None:
-    """Latency of a call to an engine that does nothing."""
+async def bench_hop(model: str, *, save: bool, calls: int = 400) -> None:
+    """Latency of one token from an engine that does nothing: over gRPC, and by calling the front in this process."""
     async with (
         inference_service(model, "--batching", "null") as address,
         SlipstreamClient(inference_address=address) as client,
+        null_front(model) as front,
     ):
-        prompt = [1, 2, 3]
-        for _ in range(50):
-            await client.generate(prompt, max_new_tokens=1)
-        latencies_ms = []
-        for _ in range(calls):
-            start_s = time.perf_counter()
-            await client.generate(prompt, max_new_tokens=1)
-            latencies_ms.append(1000 * (time.perf_counter() - start_s))
-    quantiles = statistics.quantiles(latencies_ms, n=100)
-    emit(
-        Comparison(
-            bench="serving",
-            workload="hop",
-            side="null_engine",
-            versus="floor",
-            ours=[1 / latency for latency in latencies_ms],
-            theirs=[1.0] * calls,
-            unit="calls per ms, against 1 per ms",
-            seed=SEED,
-            device="cpu",
-            dtype="none",
-            extra={"p50_ms": round(quantiles[49], 3), "p99_ms": round(quantiles[98], 3)},
-        ).line(),
-        save=save,
-    )
+        call = GenerateCall(prompt=TokenPrompt(token_ids=(1, 2, 3)), stopping=StoppingChoice(max_new_tokens=1))
+
+        async def over_grpc() -> None:
+            await client.generate([1, 2, 3], max_new_tokens=1)
+
+        async def directly() -> None:
+            async with await front.open(call) as events:
+                assert [event async for event in events]
+
+        await milliseconds(over_grpc), await milliseconds(directly)
+        pairs = [(await milliseconds(over_grpc), await milliseconds(directly)) for _ in range(calls)]
+    grpc_ms, direct_ms = ([pair[side] for pair in pairs[calls // 4 :]] for side in (0, 1))
+    line = Comparison(
+        bench="serving",
+        workload="hop_null_engine",
+        side="grpc",
+        versus="floor",
+        ours=[1 / latency for latency in grpc_ms],
+        theirs=[1 / latency for latency in direct_ms],
+        unit="calls per ms",
+        seed=SEED,
+        device="cpu",
+        dtype="none",
+        extra={
+            "grpc_p50_ms": round(statistics.median(grpc_ms), 3),
+            "grpc_p99_ms": round(statistics.quantiles(grpc_ms, n=100)[98], 3),
+            "direct_p50_ms": round(statistics.median(direct_ms), 3),
+            "hop_p50_ms": round(statistics.median(g - d for g, d in zip(grpc_ms, direct_ms, strict=True)), 3),
+        },
+    ).line()
+    emit(line, save=save)
+
+
+async def milliseconds(run: Callable[[], Awaitable[None]]) -> float:
+    """How long one call takes."""
+    start_s = time.perf_counter()
+    await run()
+    return 1000 * (time.perf_counter() - start_s)
+
+
+@contextlib.asynccontextmanager
+async def null_front(model: str) -> AsyncIterator[InferenceFront]:
+    """A front in this process whose worker's engine does nothing."""
+    folder = (await asyncio.to_thread(resolve, model)).folder
+    front = InferenceFront(FrontConfig())
+    await front.start()
+    try:
+        worker = WorkerConfig(model_folder=folder, engine="null")
+        front.add_model(ModelPlan(name="null", folder=folder, facts=read_facts(folder), worker=worker))
+        async for statuses in front.subscribe():
+            if statuses[0].state is ModelState.READY:
+                break
+        yield front
+    finally:
+        await front.close()
 
 
 async def main() -> None:
