@@ -1,6 +1,16 @@
 """The Python client of Slipstream: ``SlipstreamClient`` for asyncio, ``SyncSlipstreamClient`` for everything else."""
 
+from slipstream_client.adapter_results import (
+    ActiveAdapter,
+    ActiveChange,
+    Adapter,
+    AdapterAlias,
+    AdapterVersion,
+    AliasMove,
+)
 from slipstream_client.client import SlipstreamClient
+from slipstream_client.conversations import Conversation, ConversationMessage, MessageStream, Turn
+from slipstream_client.datasets import Dataset, DatasetPreview, RowError
 from slipstream_client.errors import (
     AbortedError,
     AlreadyExistsError,
@@ -19,7 +29,10 @@ from slipstream_client.errors import (
     UnavailableError,
     UnimplementedError,
 )
+from slipstream_client.job_events import Checkpoint, JobEvent, TrainingProgress
+from slipstream_client.jobs import TrainingJob, TrainingResult
 from slipstream_client.models import Model, Progress
+from slipstream_client.plain import Failure
 from slipstream_client.results import (
     ChatCompletion,
     ChatDelta,
@@ -44,28 +57,43 @@ from slipstream_client.results import (
 from slipstream_client.retries import RetryPolicy
 from slipstream_client.settings import ClientSettings
 from slipstream_client.streams import AnswerStream
-from slipstream_client.sync import SyncAnswerStream, SyncSlipstreamClient
+from slipstream_client.sync import SyncSlipstreamClient
+from slipstream_client.sync_streams import SyncAnswerStream, SyncMessageStream
 
 __all__ = [
     "AbortedError",
+    "ActiveAdapter",
+    "ActiveChange",
+    "Adapter",
+    "AdapterAlias",
+    "AdapterVersion",
+    "AliasMove",
     "AlreadyExistsError",
     "AnswerStream",
     "CallCancelledError",
     "ChatCompletion",
     "ChatDelta",
     "ChatMessage",
+    "Checkpoint",
     "ClientSettings",
     "Completion",
     "ContentPart",
+    "Conversation",
+    "ConversationMessage",
+    "Dataset",
+    "DatasetPreview",
     "DeadlineExceededError",
     "Detokenization",
     "FailedPreconditionError",
+    "Failure",
     "FieldViolation",
     "FinishReason",
     "Generation",
     "GenerationDelta",
     "HealthState",
     "InvalidRequestError",
+    "JobEvent",
+    "MessageStream",
     "Model",
     "NotFoundError",
     "PermissionDeniedError",
@@ -74,11 +102,13 @@ __all__ = [
     "ProtocolError",
     "ResourceExhaustedError",
     "RetryPolicy",
+    "RowError",
     "ServerError",
     "ServiceHealth",
     "SlipstreamClient",
     "SlipstreamClientError",
     "SyncAnswerStream",
+    "SyncMessageStream",
     "SyncSlipstreamClient",
     "Token",
     "TokenCount",
@@ -86,6 +116,10 @@ __all__ = [
     "Tokenization",
     "Tool",
     "ToolCall",
+    "TrainingJob",
+    "TrainingProgress",
+    "TrainingResult",
+    "Turn",
     "UnauthenticatedError",
     "UnavailableError",
     "UnimplementedError",

@@ -15,7 +15,11 @@ from slipstream.chat.v1 import chat_service_pb2_grpc
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import inference_service_pb2_grpc
 from slipstream_client import convert, health, requests, streams
+from slipstream_client.adapters import Adapters
 from slipstream_client.connection import Connection, checked_request_id
+from slipstream_client.conversations import Conversations
+from slipstream_client.datasets import Datasets
+from slipstream_client.jobs import Jobs
 from slipstream_client.models import Models
 from slipstream_client.options import (
     CallOptions,
@@ -82,6 +86,10 @@ class SlipstreamClient:
         )
         self.connection = Connection(self.settings)
         self.models = Models(self.connection)
+        self.datasets = Datasets(self.connection)
+        self.jobs = Jobs(self.connection)
+        self.adapters = Adapters(self.connection)
+        self.conversations = Conversations(self.connection)
 
     async def __aenter__(self) -> Self:
         return self

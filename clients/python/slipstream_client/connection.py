@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -76,6 +76,33 @@ class Connection:
             except grpc.aio.AioRpcError as error:
                 await attempts.wait_or_raise(error)
 
+    async def upload(
+        self,
+        service: str,
+        method: grpc.aio.StreamUnaryMultiCallable[Request, Answer],
+        messages: Callable[[], AsyncIterator[Request]],
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        idempotent: bool = True,
+    ) -> Answer:
+        """Send the messages, and return the answer; where that may help they are asked for, and sent, once more."""
+        attempts = Attempts(self.settings, service, timeout_s, request_id, repeatable=idempotent)
+        while True:
+            source = Source(messages())
+            call = method(source, timeout=attempts.remaining_s, metadata=attempts.metadata)
+            try:
+                return await call
+            except grpc.aio.AioRpcError as error:
+                await attempts.wait_or_raise(error)
+            except asyncio.CancelledError:
+                # gRPC cancels the call when its messages cannot be had; then their failure is the one to tell.
+                if source.failure is not None:
+                    raise source.failure from None
+                raise
+            finally:
+                call.cancel()
+
     async def stream(
         self,
         service: str,
@@ -103,6 +130,23 @@ class Connection:
                 await attempts.wait_or_raise(error)
             finally:
                 call.cancel()  # gRPC itself goes on with a call whose iteration was abandoned
+
+
+class Source(AsyncIterator[Request]):
+    """The messages of an upload; remembers why they could not be had."""
+
+    def __init__(self, messages: AsyncIterator[Request]) -> None:
+        self._messages = messages
+        self.failure: Exception | None = None
+
+    async def __anext__(self) -> Request:
+        try:
+            return await anext(self._messages)
+        except StopAsyncIteration:
+            raise
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 class Attempts:

@@ -155,7 +155,7 @@ async def _generation_deltas(
                 yield delta
             elif kind == "finished":
                 _note_finished_generation(event.finished, outcome)
-        _check_finished(outcome)
+        check_finished(outcome)
     finally:
         await events.aclose()
 
@@ -192,12 +192,13 @@ async def _chat_deltas(
                 outcome.usage = convert.usage(event.finished.usage)
                 outcome.finish_reasons[0] = convert.finish_reason(event.finished.finish_reason)
                 outcome.finished = True
-        _check_finished(outcome)
+        check_finished(outcome)
     finally:
         await events.aclose()
 
 
-def _check_finished(outcome: Outcome) -> None:
+def check_finished(outcome: Outcome) -> None:
+    """Raise unless the last event has come."""
     if not outcome.finished:
         raise ProtocolError(
             "the stream ended without its last event: the answer may be cut short", request_id=outcome.request_id

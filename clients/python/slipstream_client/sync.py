@@ -5,154 +5,31 @@ Any number of threads may share it.
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Self, Unpack
 
 from slipstream_client.client import SlipstreamClient
-from slipstream_client.errors import SlipstreamClientError
-from slipstream_client.models import Model
+from slipstream_client.loop_thread import LoopThread
 from slipstream_client.options import CallOptions, CompleteOptions, CountOptions, GenerateOptions, Message, Prompt
 from slipstream_client.results import (
     ChatCompletion,
     ChatDelta,
     Detokenization,
-    FinishReason,
     Generation,
     GenerationDelta,
     ServiceHealth,
     TokenCount,
     Tokenization,
-    Usage,
 )
-from slipstream_client.streams import AnswerStream
-
-Result = TypeVar("Result")
-Delta = TypeVar("Delta")
-
-
-class LoopThread:
-    """An event loop on a daemon thread, which runs coroutines for other threads."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="slipstream-client", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run ``work`` on the loop and wait for it. Interrupting the wait (Ctrl-C) cancels the work."""
-        if not self._thread.is_alive() or threading.current_thread() is self._thread:
-            work.close()
-            raise SlipstreamClientError(
-                "the client is closed" if not self._thread.is_alive() else "called on its own loop"
-            )
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def stop(self) -> None:
-        """Stop the loop and its thread; further calls of ``stop`` change nothing."""
-        if self._thread.is_alive():
-            self.run(self._loop.shutdown_asyncgens())
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
-
-
-class SyncAnswerStream(Generic[Delta]):
-    """``AnswerStream`` for a plain ``for``.
-
-    One thread at a time; leaving the loop early cancels the call on the server.
-    """
-
-    def __init__(self, stream: AnswerStream[Delta], thread: LoopThread) -> None:
-        self._stream = stream
-        self._thread = thread
-
-    def __iter__(self) -> Iterator[Delta]:
-        try:
-            while True:
-                step = _next(self._stream)
-                delta = self._thread.run(step)
-                if delta is None:
-                    return
-                yield delta
-        finally:
-            self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the call, on the server too, if it has not ended."""
-        self._thread.run(self._stream.aclose())
-
-    def read_all(self) -> str:
-        """Wait for the end; the whole text of the first sequence."""
-        return self._thread.run(self._stream.read_all())
-
-    @property
-    def text(self) -> str:
-        return self._stream.text
-
-    @property
-    def texts(self) -> dict[int, str]:
-        return self._stream.texts
-
-    @property
-    def model(self) -> str:
-        return self._stream.model
-
-    @property
-    def adapter_version(self) -> str:
-        return self._stream.adapter_version
-
-    @property
-    def usage(self) -> Usage:
-        return self._stream.usage
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self._stream.finish_reason
-
-    @property
-    def finish_reasons(self) -> dict[int, FinishReason]:
-        return self._stream.finish_reasons
-
-    @property
-    def request_id(self) -> str:
-        return self._stream.request_id
-
-
-async def _next(stream: AnswerStream[Delta]) -> Delta | None:
-    try:
-        return await anext(stream)
-    except StopAsyncIteration:
-        return None
-
-
-class SyncModels:
-    """``Models`` for code without an event loop."""
-
-    def __init__(self, client: SlipstreamClient, thread: LoopThread) -> None:
-        self._models = client.models
-        self._thread = thread
-
-    def list(self, *, task: str = "", **call: Unpack[CallOptions]) -> list[Model]:
-        return self._thread.run(self._models.list(task=task, **call))
-
-    def get(self, name: str, **call: Unpack[CallOptions]) -> Model:
-        return self._thread.run(self._models.get(name, **call))
+from slipstream_client.sync_nouns import (
+    SyncAdapters,
+    SyncConversations,
+    SyncDatasets,
+    SyncJobs,
+    SyncModels,
+)
+from slipstream_client.sync_streams import SyncAnswerStream
 
 
 class SyncSlipstreamClient:
@@ -165,7 +42,11 @@ class SyncSlipstreamClient:
         # Made here, on the caller's thread, so that bad settings raise here; its channels open on the loop's thread.
         self.client = SlipstreamClient(address, **settings)
         self._thread = LoopThread()
-        self.models = SyncModels(self.client, self._thread)
+        self.models = SyncModels(self.client.models, self._thread)
+        self.datasets = SyncDatasets(self.client.datasets, self._thread)
+        self.jobs = SyncJobs(self.client.jobs, self._thread)
+        self.adapters = SyncAdapters(self.client.adapters, self._thread)
+        self.conversations = SyncConversations(self.client.conversations, self._thread)
 
     def __enter__(self) -> Self:
         return self

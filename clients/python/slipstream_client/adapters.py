@@ -1,0 +1,304 @@
+"""The registry of adapters: ``client.adapters``, with ``client.adapters.versions`` and ``client.adapters.aliases``.
+
+Adapters are named by id (``support``) or resource name; versions and aliases also in short (``support@v3``,
+``support@live``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any, Unpack
+
+from slipstream.adapters.v1 import adapter_service_pb2 as adapter_pb2
+from slipstream.adapters.v1 import adapter_service_pb2_grpc
+from slipstream_client.adapter_files import files_to_send, present_paths, receive
+from slipstream_client.adapter_results import (
+    ActiveChange,
+    Adapter,
+    AdapterAlias,
+    AdapterVersion,
+    AliasMove,
+)
+from slipstream_client.connection import Connection, checked_request_id
+from slipstream_client.options import CallOptions
+from slipstream_client.paging import all_pages
+from slipstream_client.plain import plain
+from slipstream_client.spelling import message_of, number_of
+from slipstream_client.training_options import LoraOptions
+from slipstream_client.transfers import TRANSFER_TIMEOUT_S, OnProgress, announce, chunks
+
+SERVICE = "adapters"
+
+
+class AdapterVersions:
+    """Versions: what an adapter's weights are and were."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def _stub(self) -> adapter_service_pb2_grpc.AdapterServiceAsyncStub:
+        return adapter_service_pb2_grpc.AdapterServiceStub(self._connection.channel(SERVICE))
+
+    async def get(self, name: str, **call: Unpack[CallOptions]) -> AdapterVersion:
+        """The version that ``support@v3``, ``support@live`` or ``support`` is now. Raises NotFoundError."""
+        request = adapter_pb2.GetAdapterVersionRequest(name=name)
+        return plain(
+            AdapterVersion, await self._connection.unary(SERVICE, self._stub.GetAdapterVersion, request, **call)
+        )
+
+    async def list(
+        self, adapter: str, *, states: Sequence[str] = (), **call: Unpack[CallOptions]
+    ) -> list[AdapterVersion]:
+        """The versions of an adapter, newest first; without ``states`` all but retired ones."""
+        kind = adapter_pb2.AdapterVersion.State.DESCRIPTOR
+        wanted = [number_of(kind, "states", state) for state in states]
+        return await all_pages(
+            self._connection,
+            SERVICE,
+            self._stub.ListAdapterVersions,
+            adapter_pb2.ListAdapterVersionsRequest(parent=adapter, states=wanted),
+            lambda page: [plain(AdapterVersion, version) for version in page.adapter_versions],
+            **call,
+        )
+
+    async def delete(self, name: str, *, etag: str = "", **call: Unpack[CallOptions]) -> None:
+        """Retire a version: its files go, its record stays. FailedPreconditionError where an alias points at it."""
+        request = adapter_pb2.DeleteAdapterVersionRequest(name=name, etag=etag)
+        await self._connection.unary(SERVICE, self._stub.DeleteAdapterVersion, request, **call)
+
+
+class AdapterAliases:
+    """Aliases: which version a name stands for, and moving it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def _stub(self) -> adapter_service_pb2_grpc.AdapterServiceAsyncStub:
+        return adapter_service_pb2_grpc.AdapterServiceStub(self._connection.channel(SERVICE))
+
+    async def get(self, name: str, **call: Unpack[CallOptions]) -> AdapterAlias:
+        """One alias, ``support@live``. Raises NotFoundError."""
+        request = adapter_pb2.GetAdapterAliasRequest(name=name)
+        return plain(AdapterAlias, await self._connection.unary(SERVICE, self._stub.GetAdapterAlias, request, **call))
+
+    async def list(self, adapter: str, **call: Unpack[CallOptions]) -> list[AdapterAlias]:
+        """The aliases of an adapter, by name."""
+        return await all_pages(
+            self._connection,
+            SERVICE,
+            self._stub.ListAdapterAliases,
+            adapter_pb2.ListAdapterAliasesRequest(parent=adapter),
+            lambda page: [plain(AdapterAlias, alias) for alias in page.adapter_aliases],
+            **call,
+        )
+
+    async def set(
+        self,
+        name: str,
+        version: str,
+        *,
+        expected_generation: int | None = None,
+        gate: Mapping[str, Any] | None = None,
+        override_gate: bool = False,
+        comment: str = "",
+        validate_only: bool = False,
+        **call: Unpack[CallOptions],
+    ) -> AliasMove:
+        """Point ``support@live`` at ``v3``, making the alias where there is none.
+
+        ``expected_generation`` (0: it must not exist) makes it a compare-and-set: AbortedError where another one has
+        moved it meanwhile. FailedPreconditionError with reason GATE_CLOSED where the version does not fulfil the gate.
+        """
+        values = {
+            "name": name,
+            "version": version,
+            "expected_generation": expected_generation,
+            "gate": gate,
+            "override_gate": override_gate,
+            "comment": comment,
+            "validate_only": validate_only,
+        }
+        request = message_of(adapter_pb2.SetAdapterAliasRequest, "", values)
+        call["request_id"] = request.request_id = checked_request_id(call.get("request_id"))
+        return plain(AliasMove, await self._connection.unary(SERVICE, self._stub.SetAdapterAlias, request, **call))
+
+    async def roll_back(
+        self,
+        name: str,
+        *,
+        expected_generation: int | None = None,
+        target_generation: int | None = None,
+        comment: str = "",
+        **call: Unpack[CallOptions],
+    ) -> AliasMove:
+        """Point an alias back at the version it had before, or at the one it had at ``target_generation``."""
+        values = {
+            "name": name,
+            "expected_generation": expected_generation,
+            "target_generation": target_generation,
+            "comment": comment,
+        }
+        request = message_of(adapter_pb2.RollBackAdapterAliasRequest, "", values)
+        call["request_id"] = request.request_id = checked_request_id(call.get("request_id"))
+        return plain(AliasMove, await self._connection.unary(SERVICE, self._stub.RollBackAdapterAlias, request, **call))
+
+    async def delete(self, name: str, *, expected_generation: int | None = None, **call: Unpack[CallOptions]) -> None:
+        """Delete an alias; requests that name it fail from then on."""
+        values = {"name": name, "expected_generation": expected_generation}
+        request = message_of(adapter_pb2.DeleteAdapterAliasRequest, "", values)
+        await self._connection.unary(SERVICE, self._stub.DeleteAdapterAlias, request, **call)
+
+
+class Adapters:
+    """Adapters, their files, and what a model applies by default."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @property
+    def stub(self) -> adapter_service_pb2_grpc.AdapterServiceAsyncStub:
+        """The raw stub."""
+        return adapter_service_pb2_grpc.AdapterServiceStub(self._connection.channel(SERVICE))
+
+    @property
+    def versions(self) -> AdapterVersions:
+        return AdapterVersions(self._connection)
+
+    @property
+    def aliases(self) -> AdapterAliases:
+        return AdapterAliases(self._connection)
+
+    async def create(
+        self,
+        adapter_id: str,
+        *,
+        display_name: str = "",
+        description: str = "",
+        base_model: str = "",
+        labels: Mapping[str, str] | None = None,
+        initialize: LoraOptions | None = None,
+        initialization_seed: int | None = None,
+        validate_only: bool = False,
+        **call: Unpack[CallOptions],
+    ) -> Adapter:
+        """Make an adapter; with ``initialize`` also its version v1, freshly initialised in that shape."""
+        about = {"display_name": display_name, "description": description, "base_model": base_model, "labels": labels}
+        values = {
+            "adapter_id": adapter_id,
+            "adapter": about,
+            "initialize": initialize,
+            "initialization_seed": initialization_seed,
+            "validate_only": validate_only,
+        }
+        request = message_of(adapter_pb2.CreateAdapterRequest, "", values)
+        call["request_id"] = request.request_id = checked_request_id(call.get("request_id"))
+        return plain(Adapter, await self._connection.unary(SERVICE, self.stub.CreateAdapter, request, **call))
+
+    async def get(self, name: str, **call: Unpack[CallOptions]) -> Adapter:
+        """One adapter. Raises NotFoundError."""
+        request = adapter_pb2.GetAdapterRequest(name=name)
+        return plain(Adapter, await self._connection.unary(SERVICE, self.stub.GetAdapter, request, **call))
+
+    async def list(self, *, base_model: str = "", **call: Unpack[CallOptions]) -> list[Adapter]:
+        """Every adapter, by name; with ``base_model`` only those of this base."""
+        return await all_pages(
+            self._connection,
+            SERVICE,
+            self.stub.ListAdapters,
+            adapter_pb2.ListAdaptersRequest(base_model=base_model),
+            lambda page: [plain(Adapter, adapter) for adapter in page.adapters],
+            **call,
+        )
+
+    async def delete(self, name: str, *, force: bool = False, etag: str = "", **call: Unpack[CallOptions]) -> None:
+        """Delete an adapter, with ``force`` its versions and aliases too. Running requests finish."""
+        request = adapter_pb2.DeleteAdapterRequest(name=name, force=force, etag=etag)
+        await self._connection.unary(SERVICE, self.stub.DeleteAdapter, request, **call)
+
+    async def upload(
+        self,
+        adapter: str,
+        folder: str | Path,
+        *,
+        create_missing: bool = True,
+        base_model: str = "",
+        base_model_revision: str = "",
+        metrics: Mapping[str, float] | None = None,
+        validate_only: bool = False,
+        on_progress: OnProgress | None = None,
+        **call: Unpack[CallOptions],
+    ) -> AdapterVersion:
+        """Register the adapter that PEFT saved in ``folder`` as the next version.
+
+        Only adapter_config.json and adapter_model.safetensors are sent. A repeat after a lost connection does not make
+        a second version; the same files again are the version they already are.
+        """
+        values = {
+            "adapter": adapter,
+            "create_missing": create_missing,
+            "base_model": base_model,
+            "base_model_revision": base_model_revision,
+            "metrics": metrics,
+            "validate_only": validate_only,
+        }
+        header = message_of(adapter_pb2.UploadAdapterHeader, "header", values)
+        call["request_id"] = header.request_id = checked_request_id(call.get("request_id"))
+        call["timeout_s"] = call.get("timeout_s") or TRANSFER_TIMEOUT_S
+        files = files_to_send(Path(folder))
+        announced = await announce(files, on_progress)
+        header.files.extend(announced)
+
+        async def messages() -> AsyncGenerator[adapter_pb2.UploadAdapterRequest]:
+            yield adapter_pb2.UploadAdapterRequest(header=header)
+            if not validate_only:
+                async for chunk in chunks(files, announced, on_progress):
+                    yield adapter_pb2.UploadAdapterRequest(chunk=chunk)
+
+        return plain(AdapterVersion, await self._connection.upload(SERVICE, self.stub.UploadAdapter, messages, **call))
+
+    async def download(
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        on_progress: OnProgress | None = None,
+        **call: Unpack[CallOptions],
+    ) -> AdapterVersion:
+        """Fetch a version's files into ``folder``, as PEFT reads them, and check their hashes; returns the version.
+
+        Files that are there already, whole, are not sent again. Each file appears whole and checked, or not at all.
+        """
+        place = Path(folder)
+        call["timeout_s"] = call.get("timeout_s") or TRANSFER_TIMEOUT_S
+        version = await self.versions.get(name, **call)
+        skipped = await present_paths(place, version.files)
+        # By its own name: an alias might have moved since.
+        request = adapter_pb2.DownloadAdapterRequest(name=version.name, skipped_paths=skipped)
+        responses = self._connection.stream(
+            SERVICE, self.stub.DownloadAdapter, request, is_answer=lambda response: True, **call
+        )
+        async with aclosing(responses):
+            await receive(responses, place, skipped, on_progress)
+        return version
+
+    async def set_active(
+        self, model: str, adapter: str, *, expected_generation: int | None = None, **call: Unpack[CallOptions]
+    ) -> ActiveChange:
+        """Set the adapter that ``model`` applies where a request names none; empty: none. An alias is followed."""
+        values = {"model": model, "adapter": adapter, "expected_generation": expected_generation}
+        request = message_of(adapter_pb2.SetActiveAdapterRequest, "", values)
+        return plain(ActiveChange, await self._connection.unary(SERVICE, self.stub.SetActiveAdapter, request, **call))
+
+    async def disable(self, model: str, **call: Unpack[CallOptions]) -> ActiveChange:
+        """Let ``model`` answer with its base weights where a request names no adapter."""
+        request = adapter_pb2.DisableAdaptersRequest(model=model)
+        return plain(ActiveChange, await self._connection.unary(SERVICE, self.stub.DisableAdapters, request, **call))
+
+    async def enable(self, model: str, **call: Unpack[CallOptions]) -> ActiveChange:
+        """Take ``disable`` back."""
+        request = adapter_pb2.EnableAdaptersRequest(model=model)
+        return plain(ActiveChange, await self._connection.unary(SERVICE, self.stub.EnableAdapters, request, **call))

@@ -1,0 +1,78 @@
+"""Mappings of plain values to protobuf messages, under the contract's own names.
+
+Enums are given as their words ("cosine"), durations in seconds, messages as mappings; None means unset. A name that
+the message does not have, or a value that does not fit, is refused by its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from slipstream_client.errors import InvalidRequestError
+from slipstream_client.requests import filled
+
+Proto = TypeVar("Proto", bound=Message)
+
+
+def message_of(kind: type[Proto], path: str, values: Mapping[str, Any]) -> Proto:
+    """A message of ``kind`` with ``values``; ``path`` is where it stands in the request."""
+    known = kind.DESCRIPTOR.fields_by_name
+    message = kind()
+    for name, value in values.items():
+        if value is None:
+            continue
+        place = f"{path}.{name}" if path else name
+        if name not in known:
+            raise InvalidRequestError.of(place, f"there is no such field; known: {', '.join(sorted(known))}")
+        descriptor = known[name]
+        if descriptor.message_type is not None and not descriptor.is_repeated:
+            inner = getattr(message, name)
+            inner.SetInParent()
+            inner.MergeFrom(_inner(type(inner), place, value))
+        elif descriptor.enum_type is not None:
+            setattr(message, name, number_of(descriptor.enum_type, place, value))
+        else:
+            message.MergeFrom(filled(kind, path, {name: _listed(descriptor, place, value)}))
+    return message
+
+
+def _inner(kind: type[Message], path: str, value: Any) -> Message:
+    if isinstance(value, kind):
+        return value
+    if kind is Duration:
+        return _duration(path, value)
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError.of(path, f"{value!r} is not a mapping")
+    return message_of(kind, path, value)
+
+
+def _duration(path: str, value: Any) -> Duration:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        raise InvalidRequestError.of(path, f"{value!r} is not a number of seconds")
+    duration = Duration()
+    duration.FromNanoseconds(round(value * 1e9))
+    return duration
+
+
+def _listed(descriptor: Any, path: str, value: Any) -> Any:
+    """A single text for a list of texts is a mistake that would be sent as a list of letters."""
+    if descriptor.is_repeated and isinstance(value, str):
+        raise InvalidRequestError.of(path, f"{value!r} is one text; a list is needed")
+    return value
+
+
+def number_of(enum: Any, path: str, word: Any) -> Any:
+    """The number of an enum's value, given as its word in any case, without the enum's prefix; empty: unspecified."""
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    words = {value.name.removeprefix(prefix).lower(): value.number for value in enum.values}
+    name = str(word).lower().replace("-", "_")
+    if name == "":
+        return 0
+    if name not in words or words[name] == 0:
+        allowed = ", ".join(known for known, number in words.items() if number)
+        raise InvalidRequestError.of(path, f"{word!r} is not one of {allowed}")
+    return words[name]
