@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow demo bench-serving proto clean
+.PHONY: help setup test lint format types imports unit slow test-clients test-deploy demo bench-serving proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -54,6 +54,13 @@ unit: $(STAMP) ## pytest
 
 slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
+
+test-clients: $(STAMP) ## the clients in other languages, against live services (needs Node)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
+
+test-deploy: $(STAMP) ## images, Helm chart and compose files: rendered, validated, tried (fetches tools into .env-deploy)
+	$(BIN)/python -m tests.deploy.toolchain
+	$(BIN)/python -m pytest -m deploy tests/deploy $(PYTEST_ARGS)
 
 demo: $(STAMP) ## start everything on this machine with a small real model, and use it
 	$(BIN)/python clients/python/demo.py
