@@ -76,12 +76,12 @@ def chunk_messages(files: Mapping[str, bytes], chunk_bytes: int = 1000) -> Itera
 
 @asynccontextmanager
 async def adapter_service(
-    folder: Path, *, dsn: str | None = None, acknowledge_timeout_s: float = 5.0
+    folder: Path, *, dsn: str | None = None, acknowledge_timeout_s: float = 5.0, port: int = 0
 ) -> AsyncIterator[AdapterClient]:
     config = DatabaseConfig(dsn=dsn) if dsn else DatabaseConfig.sqlite(folder / "adapters.db")
     async with open_database(config) as database, opened_store(None, folder) as store:
         registry = open_registry(database, store, acknowledge_timeout_s)
-        async with open_server([mount(registry)], ListenConfig()) as server:
+        async with open_server([mount(registry)], ListenConfig(port=port)) as server:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
                 stub = adapter_grpc.AdapterServiceStub(channel)
                 yield AdapterClient(stub, server.port, registry, database, store)
