@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from slipstream_server.chat.conversations import Conversation, Conversations, find, touch
 from slipstream_server.chat.tables import REQUESTS, ConversationRow, MessageRow, MessageState
-from slipstream_server.errors import Aborted, FencedOut, SlipstreamError
+from slipstream_server.errors import Aborted, FencedOut, MessageNotFound
 from slipstream_server.storage.columns import utc_now
 from slipstream_server.storage.database import Database
 from slipstream_server.storage.request_records import RequestKey
@@ -333,7 +333,7 @@ async def _resume(session: AsyncSession, conversation: ConversationRow, question
         return _Place(conversation=conversation.id, question_sequence=question_sequence, writer="")
     await _refuse_second_turn(session, conversation)
     if reply is None:
-        raise SlipstreamError("the turn of this request_id has no reply")
+        raise MessageNotFound("request_id: its turn was deleted; send the message with a new request_id")
     reply.state, reply.writer, reply.content, reply.update_time = MessageState.GENERATING, writer, "", utc_now()
     touch(conversation)
     return _Place(conversation=conversation.id, question_sequence=question_sequence, writer=writer)
