@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,7 @@ STOP_TIMEOUT_S = 30.0
 class RunningService:
     address: str
     metrics_port: int
+    health_port: int
     process: subprocess.Popen[str]
 
     def calls(self, method: str, code: str) -> float:
@@ -79,12 +80,18 @@ def save_model(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def running_service(service: str, folder: Path, *flags: str) -> Iterator[RunningService]:
+def running_service(
+    service: str,
+    folder: Path,
+    *flags: str,
+    program: Sequence[str] = (sys.executable, "-m", "slipstream_server.cli"),
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[RunningService]:
     """``service`` with its data and log in ``folder``, once it is SERVING; stopped by SIGTERM at the end."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-m", "slipstream_server.cli", service, "--base-port", "0", "--data-dir", str(folder)]
+    command = [*program, service, "--base-port", "0", "--data-dir", str(folder), *flags]
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
     try:
         yield _wait_serving(process, folder / "log.txt")
     finally:
@@ -98,8 +105,9 @@ def _wait_serving(process: subprocess.Popen[str], log: Path) -> RunningService:
     deadline = time.monotonic() + START_TIMEOUT_S
     while select.select([process.stdout], [], [], max(0.0, deadline - time.monotonic()))[0]:
         line = process.stdout.readline()
-        if found := re.match(r"\w+ SERVING (\S+) metrics=(\d+) ", line):
-            return RunningService(address=found[1], metrics_port=int(found[2]), process=process)
+        if found := re.match(r"\w+ SERVING (\S+) metrics=(\d+) health=(\d+)", line):
+            ports = {"metrics_port": int(found[2]), "health_port": int(found[3])}
+            return RunningService(address=found[1], process=process, **ports)
         if not line:
             break
     raise AssertionError(f"not SERVING: {log.read_text()[-4000:]}")
