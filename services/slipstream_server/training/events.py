@@ -32,8 +32,8 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
 
 
 class Progress(Event, frozen=True, kw_only=True, tag="progress"):
-    """After a step. ``loss`` is the mean since the record before; ``tokens_per_second`` counts no padding, over all
-    processes.
+    """After a step. ``loss`` is the mean since the record before; ``tokens_per_second`` and ``num_tokens`` (all so far)
+    count no padding, over all processes.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Progress(Event, frozen=True, kw_only=True, tag="progress"):
     grad_norm: float | None
     tokens_per_second: float
     eta_s: float
+    num_tokens: int = 0
 
 
 class Evaluation(Event, frozen=True, kw_only=True, tag="evaluation"):

@@ -203,6 +203,7 @@ class _Telling(TrainerCallback):  # type: ignore[misc]
             grad_norm=finite(logs.get("grad_norm")),
             tokens_per_second=tokens_per_second,
             eta_s=eta_s,
+            num_tokens=int(state.num_input_tokens_seen),
         )
         self._reporter.tell(progress)
         if progress.loss is None:

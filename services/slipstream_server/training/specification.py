@@ -58,8 +58,8 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A training. ``hyperparameters.max_length`` is a bound chosen by nobody where ``max_length_is_default``: the model's
-    context makes it smaller.
+    """A training. ``max_length_is_default``: nobody chose ``hyperparameters.max_length``; the model's context makes it
+    smaller.
     """
 
     base_model: str
@@ -118,6 +118,7 @@ class JobPlan(msgspec.Struct, frozen=True, kw_only=True):
     num_train_rows: int
     num_evaluation_rows: int
     num_skipped_rows: int
+    recipe_digest: str
 
 
 def check_spec(spec: JobSpec) -> None:

@@ -88,7 +88,7 @@ class AttemptRow(Rows):
     process_start: Mapped[str] = mapped_column(String(64), default="")
     spool_offset: Mapped[int] = mapped_column(BigInteger, default=0)
     resumed_step: Mapped[int] = mapped_column(BigInteger, default=0)
-    started_json: Mapped[str] = mapped_column(Text, default="")
+    notes_json: Mapped[str] = mapped_column(Text, default="")
     ending_json: Mapped[str] = mapped_column(Text, default="")
     create_time: Mapped[datetime] = mapped_column(UtcTime, default=utc_now)
     end_time: Mapped[datetime | None] = mapped_column(UtcTime)

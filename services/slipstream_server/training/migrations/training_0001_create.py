@@ -99,7 +99,7 @@ def _create_attempts() -> None:
         sa.Column("process_start", sa.String(64), nullable=False),
         sa.Column("spool_offset", sa.BigInteger(), nullable=False),
         sa.Column("resumed_step", sa.BigInteger(), nullable=False),
-        sa.Column("started_json", sa.Text(), nullable=False),
+        sa.Column("notes_json", sa.Text(), nullable=False),
         sa.Column("ending_json", sa.Text(), nullable=False),
         sa.Column("create_time", UtcTime(), nullable=False),
         sa.Column("end_time", UtcTime(), nullable=True),

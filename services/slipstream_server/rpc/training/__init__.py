@@ -1,0 +1,1 @@
+"""The training service over gRPC: jobs and datasets."""
