@@ -12,15 +12,20 @@ import sys
 import typer
 
 from slipstream_client.cli import (
+    adapters,
     chat,
+    compare,
     config,
+    datasets,
     doctor,
     generate,
+    jobs,
     models,
     serve,
     status,
     terminal,
     tokens,
+    train,
     up,
     version,
 )
@@ -35,6 +40,7 @@ app = typer.Typer(
 )
 
 TALK = "Talk to a model"
+TEACH = "Teach it"
 RUN = "Run the services"
 LOOK = "Look after them"
 
@@ -42,6 +48,11 @@ app.command(rich_help_panel=TALK)(chat.chat)
 app.command(rich_help_panel=TALK)(generate.generate)
 app.command(rich_help_panel=TALK)(tokens.tokenize)
 app.command(name="count-tokens", rich_help_panel=TALK)(tokens.count_tokens)
+app.command(rich_help_panel=TALK)(compare.compare)
+app.command(rich_help_panel=TEACH)(train.train)
+app.add_typer(datasets.app, name="datasets", rich_help_panel=TEACH)
+app.add_typer(jobs.app, name="jobs", rich_help_panel=TEACH)
+app.add_typer(adapters.app, name="adapters", rich_help_panel=TEACH)
 app.command(rich_help_panel=RUN)(up.up)
 app.command(
     rich_help_panel=RUN,

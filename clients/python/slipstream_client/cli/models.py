@@ -78,12 +78,7 @@ def get_model(
     if as_json:
         terminal.print_json(model)
         return
-    rows = terminal.table("", "")
-    rows.show_header = False
-    for label, value in _facts(model):
-        if value:
-            rows.add_row(f"[dim]{label}[/]", value)
-    terminal.plain_table(rows)
+    terminal.facts(_facts(model))
 
 
 def _facts(model: Model) -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -39,6 +40,8 @@ def _plain(value: Any) -> Any:
         return dict(value)
     if isinstance(value, bytes):
         return f"<{len(value)} bytes>"
+    if isinstance(value, datetime):
+        return value.isoformat()
     return str(value)
 
 
@@ -121,3 +124,32 @@ def in_short(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.3g}{unit}"
     return str(count)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> None:
+    """Label and value (markup), one pair a line; pairs without a value are left out."""
+    shown = table("", "")
+    shown.show_header = False
+    for label, value in rows:
+        if value:
+            shown.add_row(f"[dim]{label}[/]", value)
+    plain_table(shown)
+
+
+def deleted(name: str, as_json: bool) -> None:
+    """Say that something is gone."""
+    if as_json:
+        print_json({"deleted": name})
+    else:
+        out.print(f"[green]✓[/] {escape(name)} is deleted")
+
+
+def age(moment: datetime | None) -> str:
+    """How long ago that was: 5 min."""
+    if moment is None:
+        return ""
+    seconds = max(0.0, (datetime.now(UTC) - moment).total_seconds())
+    for limit, divisor, unit in ((60, 1, "s"), (3600, 60, "min"), (86_400, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / divisor:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} d"
