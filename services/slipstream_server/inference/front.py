@@ -82,6 +82,10 @@ class InferenceFront:
         self._tasks: asyncio.TaskGroup | None = None
         self._main: asyncio.Task[None] | None = None
 
+    def use_adapters(self, resolve_adapter: AdapterResolver) -> None:
+        """Resolve adapters by ``resolve_adapter`` from now on; for resolvers that look at the front's own models."""
+        self._resolve_adapter = resolve_adapter
+
     # Life.
 
     async def start(self) -> None:
@@ -237,7 +241,7 @@ class InferenceFront:
         """Validate, tokenize and queue a request. The stream must be read to its end or closed.
 
         Raises InvalidField, UnsupportedField, PromptTooLong, WrongState, ModelNotFound, ModelNotReady, QueueFull,
-        Draining or DeadlineExceeded.
+        Draining or DeadlineExceeded; with an adapter, also what its resolver does.
         """
         model = self._ready(call.model)
         check_call(call, model.limits)

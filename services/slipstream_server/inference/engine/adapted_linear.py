@@ -76,14 +76,14 @@ class AdaptedLinear:
         if self._plain is None:
             self._had_own_forward = "forward" in vars(self._layer)
             self._plain = self._layer.forward
-            self._layer.forward = self._forward  # type: ignore[method-assign,assignment]
+            self._layer.forward = self._forward
 
     def uninstall(self) -> None:
         """The layer is again what it was."""
         if self._plain is None:
             return
         if self._had_own_forward:
-            self._layer.forward = self._plain  # type: ignore[method-assign]
+            self._layer.forward = self._plain
         else:
             del self._layer.forward
         self._plain = None

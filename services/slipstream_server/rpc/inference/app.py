@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
+from slipstream_server.adapters.fitting import ServingBase
 from slipstream_server.config import ConfigError, InferenceConfig, Settings
-from slipstream_server.errors import InternalError, SlipstreamError
+from slipstream_server.errors import InternalError, ModelNotReady, SlipstreamError
 from slipstream_server.inference.admission import AdmissionLimits
+from slipstream_server.inference.expected import RETRY_AFTER_S
 from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.inference.worker_config import WorkerConfig
@@ -26,6 +29,7 @@ from slipstream_server.models.load_options import parse_load_options
 from slipstream_server.models.progress import PullProgress
 from slipstream_server.models.sources import PreparedModel, resolve
 from slipstream_server.resource_names import check_id
+from slipstream_server.rpc.inference.adapters import FrontAdapters, front_adapters, known_as, registry_peer
 from slipstream_server.rpc.inference.models import ModelServicer
 from slipstream_server.rpc.inference.servicer import InferenceServicer
 from slipstream_server.rpc.server import Mount
@@ -46,35 +50,61 @@ async def run(settings: Settings) -> int:
         raise ConfigError([f"inference.default_model: {default_model!r} is not one of {', '.join(wanted)}"])
     registry = new_registry()
     front = InferenceFront(_front_config(settings, default_model), registry=registry)
-    await front.start()
-    for name in wanted:
-        front.announce(name)
-    try:
-        return await run_service(
-            Service(
-                name="inference",
-                mounts=[
-                    Mount(
-                        inference_grpc.add_InferenceServiceServicer_to_server,
-                        InferenceServicer(front),  # type: ignore[abstract]  # what it leaves out answers UNIMPLEMENTED
-                        readiness=partial(_is_ready, front, default_model),
-                    ),
-                    Mount(
-                        model_grpc.add_ModelServiceServicer_to_server,
-                        ModelServicer(front),  # type: ignore[abstract]
-                    ),
-                ],
-                background={
-                    "front": front.wait_stopped,
-                    "models": partial(_bring_models, front, wanted, settings),
-                },
-                registry=registry,
-            ),
-            settings.listen("inference"),
-            on_serving=lambda server: announce("inference", settings.common.host, server),
+    async with _adapters(settings, front, wanted) as adapters:
+        background: dict[str, Callable[[], Awaitable[None]]] = {
+            "front": front.wait_stopped,
+            "models": partial(_bring_models, front, wanted, settings),
+        }
+        if adapters is not None:
+            front.use_adapters(adapters.resolve)
+            background["adapters"] = adapters.watch.run
+        await front.start()
+        for name in wanted:
+            front.announce(name)
+        try:
+            return await run_service(
+                Service(
+                    name="inference", mounts=_mounts(front, default_model), background=background, registry=registry
+                ),
+                settings.listen("inference"),
+                on_serving=lambda server: announce("inference", settings.common.host, server),
+            )
+        finally:
+            await front.close()
+
+
+def _mounts(front: InferenceFront, default_model: str) -> list[Mount]:
+    return [
+        Mount(
+            inference_grpc.add_InferenceServiceServicer_to_server,
+            InferenceServicer(front),  # type: ignore[abstract]  # what it leaves out answers UNIMPLEMENTED
+            readiness=partial(_is_ready, front, default_model),
+        ),
+        Mount(
+            model_grpc.add_ModelServiceServicer_to_server,
+            ModelServicer(front),  # type: ignore[abstract]
+        ),
+    ]
+
+
+def _adapters(
+    settings: Settings, front: InferenceFront, wanted: Mapping[str, str]
+) -> AbstractAsyncContextManager[FrontAdapters | None]:
+    """The adapters of the front's models; None where no registry is configured, or no slots for its adapters."""
+    peer = registry_peer(settings)
+    if peer is None or not settings.inference.adapter_slots:
+        return nullcontext()
+
+    def base_of(model: str) -> ServingBase:
+        plan = front.plan(model)
+        if plan is None:
+            raise ModelNotReady(f"model {model} is being prepared", retry_after_s=RETRY_AFTER_S)
+        spec = wanted.get(model, plan.source)
+        return ServingBase(
+            model=model, folder=plan.folder, known_as=known_as(spec), max_rank=plan.worker.max_adapter_rank
         )
-    finally:
-        await front.close()
+
+    return front_adapters(peer, settings.common.data_dir / "inference" / "adapters", base_of)
 
 
 def wanted_models(config: InferenceConfig) -> dict[str, str]:
@@ -159,6 +189,8 @@ def _plan(name: str, prepared: PreparedModel, settings: Settings) -> ModelPlan:
         max_batch_tokens=config.max_batch_tokens,
         max_queue_delay_ms=config.max_queue_delay_ms,
         threads=config.threads or 0,
+        adapter_slots=config.adapter_slots,
+        max_adapter_rank=config.max_adapter_rank,
         log_level=settings.common.log_level,
         log_format=settings.common.log_format,  # type: ignore[arg-type]  # config.py allows no other
     )
