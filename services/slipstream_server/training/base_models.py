@@ -59,7 +59,10 @@ class BaseModels:
                 raise InvalidField.of(f"{field}_revision", "only models of a hub have revisions")
             source = f"{source.partition('@')[0]}@{revision}"
         options = SourceOptions(allowed_roots=None if is_ours else self._roots)
-        prepared = resolve(source, options=options)
+        try:
+            prepared = resolve(source, options=options)
+        except InvalidField as error:
+            raise InvalidField.of(field, error.violations[0].description) from error
         if prepared.adapter_folder is not None:
             raise UnsupportedField.of(field, "is an adapter, not a model; training goes on from base models only")
         facts = read_facts(prepared.folder)
@@ -82,11 +85,12 @@ class BaseModels:
             is_known_by_source = source in builtin_catalogue() or (
                 parse_hub_id(source) is not None and not Path(source).exists()
             )
-            return source if is_known_by_source else f"{_SERVED}{served_name}", source, True
+            name = source.partition("@")[0] if is_known_by_source else f"{_SERVED}{served_name}"
+            return name, source, True
         if spec.startswith(_SERVED):
             raise ModelNotFound(f"{field}: no model {served_name[:80]!a} is served on this machine")
         # A folder's place is nobody else's business; its name will do.
-        return (Path(spec).name if spec.startswith("/") else spec), spec, False
+        return (Path(spec).name if spec.startswith("/") else spec.partition("@")[0]), spec, False
 
 
 def require_causal(base: BaseModel, field: str = "spec.base_model") -> None:

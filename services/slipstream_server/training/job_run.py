@@ -34,7 +34,7 @@ from slipstream_server.training.process_tree import LaunchOrder
 from slipstream_server.training.resources import Outcome, Problem, as_json, plan_of, spec_of
 from slipstream_server.training.result import TrainingResult, read_result
 from slipstream_server.training.retries import retry_after
-from slipstream_server.training.spool_intake import SpoolIntake, ending_of
+from slipstream_server.training.spool_intake import SpoolIntake, Taken, ending_of
 from slipstream_server.training.states import JobState, Order
 from slipstream_server.training.tables import AttemptRow, JobRow
 
@@ -87,7 +87,11 @@ class JobRun:
         while True:
             # Looked at before reading: what was written before the end is then read after it.
             is_running = process_tree.is_running(root)
-            if await self._take_events():
+            taken = await self._take_events()
+            if taken is Taken.THE_LAST:
+                # Everything is on the disk, and taking a runtime down can take as long as a short training.
+                await asyncio.to_thread(process_tree.kill_tree, self._mark)
+            if taken is not Taken.NOTHING:
                 continue
             if not is_running:
                 break
@@ -96,7 +100,7 @@ class JobRun:
                 continue
             await _rung(self._bell, POLL_S)
         await asyncio.to_thread(process_tree.end_tree, self._mark, PAUSE_GRACE_S)
-        while await self._take_events():
+        while await self._take_events() is not Taken.NOTHING:
             pass
         wait_s = await self._conclude()
         if wait_s is not None and not self._resumes:
@@ -161,12 +165,12 @@ class JobRun:
 
     # While it runs
 
-    async def _take_events(self) -> bool:
+    async def _take_events(self) -> Taken:
         try:
             return await self._around.intake.take(self._job, self._number, self._folder)
         except _PASSING as error:
             await self._pass(error)
-            return True
+            return Taken.SOMETHING
 
     async def _pass(self, error: Exception) -> None:
         log.warning("job %s waits for the database: %s", self._job, error)

@@ -100,23 +100,22 @@ def is_running(root: ProcessIdentity) -> bool:
     return root.is_alive()
 
 
-def ask_to_end(mark: str) -> int:
-    """SIGTERM to every process of the tree; how many there were."""
-    return _signal(_marked(mark), signal.SIGTERM)
-
-
 def end_tree(mark: str, grace_s: float) -> None:
     """Return when no process of the tree is left: SIGTERM, after ``grace_s`` SIGKILL.
 
     Raises InternalError where even that leaves one.
     """
-    ask_to_end(mark)
-    if _wait_for_none(mark, grace_s):
-        return
+    _signal(_marked(mark), signal.SIGTERM)
+    if not _wait_for_none(mark, grace_s):
+        log.warning("an attempt's processes outlived their grace of %g s and are killed", grace_s)
+        kill_tree(mark)
+
+
+def kill_tree(mark: str) -> None:
+    """SIGKILL to every process of the tree; return when none is left. Raises InternalError where one stays."""
     deadline = time.monotonic() + _KILL_S
     while remaining := _marked(mark):
         # Again and again: what was being started between two looks must go too.
-        log.warning("%d processes of an attempt outlived their grace and are killed", len(remaining))
         _signal(remaining, signal.SIGKILL)
         if _wait_for_none(mark, 1.0):
             return
@@ -152,11 +151,10 @@ def _has_mark(process: psutil.Process, mark: str) -> bool:
         return False
 
 
-def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> int:
+def _signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(number)
-    return len(processes)
 
 
 def _environment(order: LaunchOrder) -> Mapping[str, str]:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from enum import Enum
 from pathlib import Path
 
 import msgspec
@@ -40,6 +41,14 @@ _BETWEEN_PROGRESS_S = 1.0
 Ending = spool.Stopped | spool.Finished | spool.Failed
 
 
+class Taken(Enum):
+    """What a look into the spool brought; ``THE_LAST``: the runner has written its result and only has to end."""
+
+    NOTHING = 0
+    SOMETHING = 1
+    THE_LAST = 2
+
+
 class Notes(msgspec.Struct, kw_only=True):
     """What has to be known of an attempt's earlier events to understand the next one."""
 
@@ -59,17 +68,17 @@ class SpoolIntake:
         # What stands in the database, so that a file that has not grown costs no question.
         self._offsets: dict[tuple[str, int], int] = {}
 
-    async def take(self, job: str, number: int, folder: JobFolder) -> bool:
-        """Store what is new; whether anything was. Raises StorageFull, DependencyUnavailable, having taken nothing."""
+    async def take(self, job: str, number: int, folder: JobFolder) -> Taken:
+        """Store what is new. Raises StorageFull, DependencyUnavailable, having taken nothing."""
         path = folder.events(number)
         if _size(path) <= self._offsets.get((job, number), 0):
-            return False
+            return Taken.NOTHING
         async with self._fence.write() as session:
             offset = (await session.get_one(AttemptRow, (job, number))).spool_offset
         batch = await asyncio.to_thread(read_spool, path, offset)
         if batch.next_offset == offset:
             self._offsets[job, number] = offset
-            return False
+            return Taken.NOTHING
         if batch.num_malformed:
             log.warning("%d lines of job %s, attempt %d, are no events", batch.num_malformed, job, number)
         async with self._fence.write() as session:
@@ -81,7 +90,8 @@ class SpoolIntake:
             attempt.spool_offset = batch.next_offset
             attempt.notes_json = as_json(reading.notes)
         self._offsets[job, number] = batch.next_offset
-        return True
+        is_finished = any(isinstance(event, spool.Finished) for event in batch.events)
+        return Taken.THE_LAST if is_finished else Taken.SOMETHING
 
 
 def ending_of(attempt: AttemptRow) -> Ending | None:
