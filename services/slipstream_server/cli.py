@@ -150,8 +150,15 @@ def _shown(settings: Settings, key: str) -> str:
     return "" if value is None else str(value)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the flags fill a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"error: {message} ({self.prog} --help)\n")
+
+
 def _parser(service: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"slipstream serve {service}", description=SERVICES[service].__doc__, allow_abbrev=False
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="slipstream.toml to read")

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 import typer
+from rich.markup import escape
+from typer.exceptions import TyperException
 
 from slipstream_client.cli import (
     adapters,
@@ -31,8 +34,10 @@ from slipstream_client.cli import (
 )
 from slipstream_client.errors import SlipstreamClientError
 
+NAME = "slipstream"
+
 app = typer.Typer(
-    name="slipstream",
+    name=NAME,
     help="Train, adapt and serve Hugging Face models over gRPC.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -71,7 +76,14 @@ def main() -> None:
     # gRPC's own notes (a connection that was closed, and the like) are said better by the exceptions.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        app()
+        # Not standalone: a wrong usage is one line, as every other failure is.
+        result = app(prog_name=NAME, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except TyperException as error:
+        _refuse(error)
+    except typer.Abort:
+        terminal.err.print("aborted")
+        sys.exit(1)
     except SlipstreamClientError as error:
         terminal.print_failure(error)
         sys.exit(1)
@@ -79,3 +91,13 @@ def main() -> None:
         # The reader has gone (`| head`); nothing more can be said, not even by the interpreter's last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _refuse(error: TyperException) -> NoReturn:
+    """Say in one line what is wrong with the command, and where its options are listed."""
+    context = getattr(error, "ctx", None)
+    # Without a message the help has been shown in its place.
+    if message := error.format_message().strip():
+        path = context.command_path if context is not None else NAME
+        terminal.err.print(f"[bold red]error[/] {escape(message)} [dim]({path} --help)[/]")
+    sys.exit(error.exit_code)

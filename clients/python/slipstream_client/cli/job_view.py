@@ -65,7 +65,9 @@ class JobView:
 
     def lost(self, error: SlipstreamClientError) -> None:
         """Say, once for each loss, that the connection is being opened again."""
-        if not self._lost:
+        if not self._lost and terminal.out.is_terminal:
+            terminal.out.print(Text(f"! {error}; the watch goes on when the service is back", "yellow"))
+        elif not self._lost:
             terminal.warn(f"{error}; the watch goes on when the service is back")
         self._lost = True
         self._draw()

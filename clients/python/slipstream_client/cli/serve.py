@@ -20,4 +20,8 @@ def serve(
     if service in ("", "-h", "--help"):
         typer.echo(context.get_help())
         raise typer.Exit(0 if service else 2)
+    if "--json" in context.args:
+        raise typer.BadParameter(
+            "serve prints nothing but its log, to stderr; --log-format json makes that JSON Lines", param_hint="--json"
+        )
     raise typer.Exit(server("serve").serve(service, context.args))

@@ -14,7 +14,7 @@ from rich.markup import escape
 from slipstream_client.cli import terminal
 from slipstream_client.cli.server_side import server
 from slipstream_client.cli.supervisor import Program, Supervisor
-from slipstream_client.cli.up_view import View
+from slipstream_client.cli.up_view import JsonView, View
 from slipstream_client.client import SlipstreamClient
 from slipstream_client.settings import SERVICES
 
@@ -36,6 +36,7 @@ def up(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as inference.device=cuda; may be repeated.")
     ] = None,
+    as_json: terminal.JsonFlag = False,
 ) -> None:
     """Start all services of this machine, watch them, and stop them on Ctrl-C or SIGTERM.
 
@@ -55,7 +56,7 @@ def up(
     for service, address in addresses.items():
         _require_free_port(service, address)
     programs = [_program(service, config, flags, settings.common.data_dir) for service in services]
-    raise typer.Exit(asyncio.run(_run(programs, addresses, settings)))
+    raise typer.Exit(asyncio.run(_run(programs, addresses, settings, JsonView if as_json else View)))
 
 
 def _flags(
@@ -103,7 +104,7 @@ def _program(service: str, config: Path | None, flags: dict[str, Any], data_dir:
     return Program(name=service, arguments=arguments, log_file=data_dir / "logs" / f"{service}.log")
 
 
-async def _run(programs: list[Program], addresses: dict[str, str], settings: Any) -> int:
+async def _run(programs: list[Program], addresses: dict[str, str], settings: Any, show: type[View]) -> int:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -116,7 +117,7 @@ async def _run(programs: list[Program], addresses: dict[str, str], settings: Any
         token_file=settings.common.token_file,
         ca_cert=settings.common.tls_cert,
     )
-    with View(addresses, logs=programs[0].log_file.parent) as view:
+    with show(addresses, logs=programs[0].log_file.parent) as view:
         watching = [asyncio.create_task(view.watch_service(client, service)) for service in addresses]
         if "inference" in addresses:
             watching.append(asyncio.create_task(view.watch_models(client)))

@@ -8,9 +8,10 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -64,7 +65,7 @@ class View:
     ) -> None:
         self._live.stop()
         if self._is_stopping:
-            terminal.out.print("stopped")
+            self._say_stopped()
 
     async def watch_service(self, client: SlipstreamClient, service: str) -> None:
         """Follow the health of one service, for ever."""
@@ -96,35 +97,45 @@ class View:
     def died(self, death: Died) -> None:
         """Say loudly that a service ended unasked."""
         self._serving.discard(death.name)
+        self._say_died(death)
+        self._refresh()
+
+    def _say_died(self, death: Died) -> None:
         fate = "giving up" if death.restart_in_s is None else f"starting it again in {death.restart_in_s:g} s"
         cause = f"exit code {death.exit_code}" if death.exit_code >= 0 else f"signal {-death.exit_code}"
         terminal.out.print(f"[bold red]{death.name} died[/] ({cause}); {fate}")
         for line in death.tail:
             terminal.out.print(Text(f"  │ {readable(line)}", style="dim"))
         terminal.out.print(Text(f"  ╰ {death.log_file}", style="dim"))
-        self._refresh()
 
     def stopping(self) -> None:
         """Say that the end has begun."""
         self._is_stopping = True
-        terminal.out.print("stopping …" if terminal.out.is_terminal else "stopping")
+        self._say_stopping()
         self._refresh()
+
+    def _say_stopping(self) -> None:
+        terminal.out.print("stopping …" if terminal.out.is_terminal else "stopping")
+
+    def _say_stopped(self) -> None:
+        terminal.out.print("stopped")
 
     def _note_health(self, service: str, is_serving: bool) -> None:
         if self._is_stopping or is_serving == (service in self._serving):
             return
         if is_serving:
             self._serving.add(service)
-            self._say(service, "SERVING", "green")
+            self._say_health(service, is_serving=True)
         else:
             self._serving.discard(service)
-            self._say(service, "NOT_SERVING", "yellow")
+            self._say_health(service, is_serving=False)
         self._refresh()
         if not self._was_ready and self._serving == set(self._addresses):
             self._was_ready = True
             self._say_ready()
 
-    def _say(self, service: str, state: str, colour: str) -> None:
+    def _say_health(self, service: str, *, is_serving: bool) -> None:
+        state, colour = ("SERVING", "green") if is_serving else ("NOT_SERVING", "yellow")
         after = f"[dim]{time.monotonic() - self._began_s:6.1f} s[/]" if terminal.out.is_terminal else ""
         line = f"[bold]{service:<9}[/] [{colour}]{state}[/] {self._addresses[service]} {after}"
         terminal.out.print(line.rstrip())
@@ -141,13 +152,15 @@ class View:
         now = self._in_words(model)
         self._models[model.id] = (now, model.progress.fraction if model.progress else None)
         self._refresh()
-        if now == before:
-            return
+        if now != before:
+            self._say_model(model, now, is_new=not before)
+
+    def _say_model(self, model: Model, now: str, *, is_new: bool) -> None:
         if model.state == "failed":
             terminal.out.print(
                 f"[bold red]model {escape(model.id)} failed[/] {escape(model.error or model.state_message)}"
             )
-        elif model.state == "ready" and before:
+        elif model.state == "ready" and not is_new:
             terminal.out.print(f"[dim]model {escape(model.id)} ready[/]")
         elif not terminal.out.is_terminal and model.state in BUSY_STATES:
             terminal.out.print(f"model {escape(model.id)} {escape(now)}")
@@ -158,7 +171,11 @@ class View:
             return model.state
         if model.progress is None or not model.progress.stage:
             return model.state_message or model.state
-        return progress_in_words(model.progress) if terminal.out.is_terminal else model.progress.stage
+        return progress_in_words(model.progress) if self._counts_percent() else model.progress.stage
+
+    def _counts_percent(self) -> bool:
+        """Whether each percent may be shown: not where it would be a line of its own."""
+        return terminal.out.is_terminal
 
     def _refresh(self) -> None:
         """Draw what is still to come: services that do not serve yet, and models on their way."""
@@ -173,6 +190,54 @@ class View:
                 bar = ProgressBar(total=1.0, completed=fraction, width=24) if fraction is not None else ""
                 rows.add_row(Spinner("dots", style="dim"), Text(f"{name:<9}", "dim"), Text(words, "dim"), bar)
         self._live.update(rows, refresh=True)
+
+
+class JsonView(View):
+    """The same as JSON Lines, one object for each change; nothing is drawn."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._is_stopping:
+            self._say_stopped()
+
+    def _print(self, event: str, **more: Any) -> None:
+        terminal.print_json({"event": event, "time": datetime.now(UTC), **more})
+
+    def _say_health(self, service: str, *, is_serving: bool) -> None:
+        state = "serving" if is_serving else "not_serving"
+        self._print("service", service=service, state=state, address=self._addresses[service])
+
+    def _say_ready(self) -> None:
+        self._print("ready", addresses=self._addresses, logs=str(self._logs))
+
+    def _say_model(self, model: Model, now: str, *, is_new: bool) -> None:
+        self._print("model", model=model.id, state=model.state, message=model.error or model.state_message or now)
+
+    def _say_died(self, death: Died) -> None:
+        self._print(
+            "died",
+            service=death.name,
+            exit_code=death.exit_code,
+            restart_in_s=death.restart_in_s,
+            log_file=str(death.log_file),
+            log_tail=[readable(line) for line in death.tail],
+        )
+
+    def _say_stopping(self) -> None:
+        self._print("stopping")
+
+    def _say_stopped(self) -> None:
+        self._print("stopped")
+
+    def _counts_percent(self) -> bool:
+        return False
+
+    def _refresh(self) -> None:
+        """Nothing is drawn."""
 
 
 def readable(line: str) -> str:
