@@ -313,3 +313,30 @@ async def test_conversations_are_listed_and_deleted(chat: Chat) -> None:
         await chat.stub.GetConversation(chat_pb2.GetConversationRequest(name="conversations/second"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
     assert details(caught.value)[0] == "CONVERSATION_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer"),
+    [
+        ("chat.messages[1].parts[0].image", "message.parts[0].image"),
+        ("chat.messages[0].content", "conversation.system_message"),
+        ("chat.messages", "message"),
+        ("sampling.top_p", "options.sampling.top_p"),
+        ("model", "conversation.model"),
+        ("adapter", "conversation.adapter"),
+    ],
+)
+async def test_errors_of_a_turn_name_the_fields_of_the_turn(chat: Chat, inner: str, outer: str) -> None:
+    chat.inference.words = ()
+    chat.inference.failure = InvalidField.of(inner, "is bad")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await chat.stub.SendMessage(turn("Hi"))
+    assert details(caught.value) == ("INVALID_FIELD", [outer])
+
+
+@pytest.mark.parametrize(("field", "value"), [("model", "../x"), ("model", "models/a/b"), ("adapter", "../x")])
+async def test_a_conversation_names_nothing_that_could_not_exist(chat: Chat, field: str, value: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        conversation = chat_pb2.Conversation(**{field: value})
+        await chat.stub.CreateConversation(chat_pb2.CreateConversationRequest(conversation=conversation))
+    assert details(caught.value) == ("INVALID_FIELD", [f"conversation.{field}"])

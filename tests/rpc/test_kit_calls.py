@@ -92,6 +92,7 @@ async def test_bytes_that_do_not_parse_are_a_typed_error() -> None:
             error = await failure(call)
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert details_of(error)["ErrorInfo"].reason == "MALFORMED_REQUEST"
+            assert [violation.field for violation in details_of(error)["BadRequest"].field_violations] == [""]
         assert servicer.entered == 0
         assert await client.unary("Call", b"still serving") == b"still serving"
 
@@ -227,6 +228,18 @@ async def test_a_reader_that_stops_reading_loses_its_stream_and_nobody_else(asse
         await call.read()
         await assert_eventually(lambda: servicer.closed == 1)
         assert await client.unary("Call", b"fine") == b"fine"
+        call.cancel()
+
+
+async def test_a_call_ends_though_its_reader_takes_not_even_the_status(assert_eventually: Any) -> None:
+    async with kit_server(ListenConfig(write_timeout_s=0.2)) as (server, servicer, client):
+        call = client.stream("Flood")
+        await call.read()
+        await assert_eventually(lambda: servicer.closed == 1)
+        await assert_eventually(lambda: len(server.calls) == 0)
+        text = await scrape(server.metrics_port)
+        counted = [line for line in text.splitlines() if line.startswith("rpc_server_call_duration_seconds_count{")]
+        assert [line for line in counted if "Flood" in line and "RESOURCE_EXHAUSTED" in line], counted
         call.cancel()
 
 

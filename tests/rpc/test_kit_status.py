@@ -44,7 +44,7 @@ EXPECTED = {
     "StorageFull": ("RESOURCE_EXHAUSTED", True),
     "Draining": ("UNAVAILABLE", True),
     "ModelNotReady": ("UNAVAILABLE", True),
-    "WorkerDied": ("UNAVAILABLE", True),
+    "WorkerDied": ("UNAVAILABLE", False),
     "DeadlineExceeded": ("DEADLINE_EXCEEDED", False),
     "Cancelled": ("CANCELLED", False),
     "Unauthenticated": ("UNAUTHENTICATED", False),

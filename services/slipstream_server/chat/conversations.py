@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from slipstream_server.chat.tables import REQUESTS, ConversationRow, MessageRow
 from slipstream_server.errors import ConversationNotFound, InvalidField, MessageNotFound, ResourceExists, StaleEtag
+from slipstream_server.resource_names import ModelName, check_id, parse_adapter_reference
 from slipstream_server.storage.columns import utc_now
 from slipstream_server.storage.database import Database
 from slipstream_server.storage.pages import Page, PageRequest, read_page
@@ -44,6 +45,7 @@ class ConversationSettings:
         _bounded("model", self.model, MAX_NAME_CHARS)
         _bounded("adapter", self.adapter, MAX_NAME_CHARS)
         _bounded("system_message", self.system_message, MAX_SYSTEM_BYTES)
+        _check_references(self)
         if len(self.labels) > MAX_LABELS:
             raise InvalidField.of("conversation.metadata", f"has {len(self.labels)} entries; at most {MAX_LABELS}")
         for key, value in self.labels.items():
@@ -159,6 +161,16 @@ def touch(row: ConversationRow) -> None:
 def _check_etag(row: ConversationRow, etag: str) -> None:
     if etag and etag != str(row.generation):
         raise StaleEtag(f"etag: {etag[:40]!r} is not that of the stored conversation; read it again")
+
+
+def _check_references(settings: ConversationSettings) -> None:
+    """Whether model and adapter could name something; whether they do is found out at each turn."""
+    if settings.model.startswith("models/"):
+        ModelName.parse(settings.model, "conversation.model")
+    elif settings.model:
+        check_id(settings.model, "conversation.model")
+    if settings.adapter:
+        parse_adapter_reference(settings.adapter, "conversation.adapter")
 
 
 def _bounded(name: str, value: str, limit: int) -> None:

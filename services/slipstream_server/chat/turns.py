@@ -133,7 +133,7 @@ class Turns:
             )
             rows = (await session.scalars(found)).all()
             for row in rows:
-                row.state, row.writer = MessageState.INCOMPLETE, ""
+                _abandon(row)
             return len(rows)
 
     async def run(
@@ -349,7 +349,12 @@ async def _refuse_second_turn(session: AsyncSession, conversation: ConversationR
                 f"conversation {conversation.id}: a turn is being answered; wait for it, or cancel its call",
                 retry_after_s=RETRY_AFTER_S,
             )
-        row.state, row.writer = MessageState.INCOMPLETE, ""
+        _abandon(row)
+
+
+def _abandon(row: MessageRow) -> None:
+    """An answer whose writer is gone: what it saved stays, and nobody may write to it any more."""
+    row.state, row.writer, row.finish_reason = MessageState.INCOMPLETE, "", "incomplete"
 
 
 async def _to_the_end(work: Coroutine[Any, Any, None]) -> None:

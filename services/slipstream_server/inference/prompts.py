@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from slipstream_server.errors import InvalidField, PromptTooLong, WrongState
+from slipstream_server.errors import FieldViolation, InvalidField, PromptTooLong, WrongState
 from slipstream_server.inference.calls import ChatMessage, ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from slipstream_server.inference.detokenizer import DetokenizerFactory
 from slipstream_server.models.chat_template import RESERVED_PARAMETERS, ChatTemplate
@@ -65,7 +65,7 @@ class PromptEncoder:
                 return await self._run(self._echo_tokens, prompt.token_ids, with_text)
             case TextPrompt():
                 check_text(prompt.text, "text")
-                self._check_length(prompt.text, context_tokens)
+                self._check_length(prompt.text, context_tokens, "text")
                 return await self._run(self._encode_text, prompt.text, prompt.add_special_tokens, with_text)
             case ChatPrompt():
                 return await self._run(self._encode_chat, prompt, context_tokens, with_text)
@@ -102,7 +102,7 @@ class PromptEncoder:
             parameters=chat.template_parameters,
             continue_final_message=chat.continue_final_message,
         )
-        self._check_length(rendered, context_tokens)
+        self._check_length(rendered, context_tokens, "chat.messages")
         return self._encode_text(rendered, False, with_text)
 
     def _check_chat(self, chat: ChatPrompt) -> ChatTemplate:
@@ -120,11 +120,13 @@ class PromptEncoder:
         _check_json("chat.template_parameters", dict(chat.template_parameters))
         return self.template
 
-    def _check_length(self, text: str, context_tokens: int | None) -> None:
+    def _check_length(self, text: str, context_tokens: int | None, field: str) -> None:
         """A text too long for the context even if it were made of the longest tokens is not worth tokenizing."""
         if context_tokens is not None and len(text) > (context_tokens + 1) * self.tokenizer.max_token_chars:
+            description = f"{len(text)} characters; a context of {context_tokens} tokens cannot hold as many"
             raise PromptTooLong(
-                f"the prompt has {len(text)} characters, more than a context of {context_tokens} tokens can hold",
+                f"{field}: {description}",
+                violations=[FieldViolation(field, description)],
                 metadata={"prompt_characters": str(len(text)), "context_tokens": str(context_tokens)},
             )
 

@@ -17,8 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from slipstream_server.errors import InvalidField, PromptTooLong, UnsupportedField
-from slipstream_server.inference.calls import BeamChoice, GenerateCall, ResponseChoice, SamplingChoice, StoppingChoice
+from slipstream_server.errors import FieldViolation, InvalidField, PromptTooLong, UnsupportedField
+from slipstream_server.inference.calls import (
+    BeamChoice,
+    ChatPrompt,
+    GenerateCall,
+    Prompt,
+    ResponseChoice,
+    SamplingChoice,
+    StoppingChoice,
+    TextPrompt,
+    TokenPrompt,
+)
 from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
 from slipstream_server.inference.generation import AdapterPin, Beams, GenerationRequest, Sampling, Stopping
 from slipstream_server.inference.stop_strings import check_stop_strings
@@ -41,7 +51,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Allowed numbers; ``above`` excludes the lower end."""
+    """Allowed numbers; ``above`` excludes the lower end. Whole bounds are shown with all their digits."""
 
     low: float
     high: float
@@ -50,7 +60,8 @@ class Range:
     def check(self, field: str, value: float) -> None:
         fits = math.isfinite(value) and value <= self.high and (value > self.low if self.above else value >= self.low)
         if not fits:
-            ends = f"above {self.low:g} and at most {self.high:g}" if self.above else f"{self.low:g} to {self.high:g}"
+            low, high = (f"{end}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high))
+            ends = f"above {low} and at most {high}" if self.above else f"{low} to {high}"
             raise InvalidField.of(field, f"{value} is outside the allowed range, {ends}")
 
 
@@ -113,7 +124,7 @@ def resolve(
         id=request_id,
         prompt_token_ids=prompt_token_ids,
         sampling=sampling,
-        stopping=_stopping(call.stopping, facts, limits, len(prompt_token_ids)),
+        stopping=_stopping(call, facts, limits, len(prompt_token_ids)),
         beams=beams,
         num_return_sequences=_num_sequences(call.response, facts.generation, sampling, beams),
         logprobs=call.response.logprobs,
@@ -223,21 +234,20 @@ def _why_without_effect(choice: SamplingChoice, beams: Beams) -> str:
     return "has no effect while sampling is off; set sampling.do_sample to true"
 
 
-def _stopping(choice: StoppingChoice, facts: ModelFacts, limits: ResolveLimits, prompt_tokens: int) -> Stopping:
+def _stopping(call: GenerateCall, facts: ModelFacts, limits: ResolveLimits, prompt_tokens: int) -> Stopping:
+    choice = call.stopping
     # An encoder's input and a decoder's output each have the context to themselves.
     used = 0 if facts.family is Family.ENCODER_DECODER else prompt_tokens
     left = limits.context_tokens - used
-    if prompt_tokens > limits.context_tokens or left < 1:
-        raise _too_long(prompt_tokens, choice.max_new_tokens, limits)
-    if choice.max_new_tokens is not None and choice.max_new_tokens > left:
-        raise _too_long(prompt_tokens, choice.max_new_tokens, limits)
+    if prompt_tokens > limits.context_tokens or left < (choice.max_new_tokens or 1):
+        raise _too_long(call, prompt_tokens, limits)
     most = choice.max_new_tokens or min(_default_max_new_tokens(facts, prompt_tokens), left)
     least = choice.min_new_tokens
     if least is not None and least > most:
         raise InvalidField.of("stopping.min_new_tokens", f"{least} is more than max_new_tokens, which is {most}")
     return Stopping(
         max_new_tokens=most,
-        min_new_tokens=least if least is not None else min(facts.generation.min_new_tokens or 0, most),
+        min_new_tokens=least if least is not None else min(_default_min_new_tokens(facts, prompt_tokens), most),
         eos_token_ids=() if choice.ignore_eos else facts.eos_token_ids,
         stop_token_ids=tuple(dict.fromkeys(choice.stop_token_ids)),
     )
@@ -254,14 +264,38 @@ def _default_max_new_tokens(facts: ModelFacts, prompt_tokens: int) -> int:
     return DEFAULT_MAX_NEW_TOKENS
 
 
-def _too_long(prompt_tokens: int, max_new_tokens: int | None, limits: ResolveLimits) -> PromptTooLong:
-    metadata = {"prompt_tokens": str(prompt_tokens), "context_tokens": str(limits.context_tokens)}
-    wanted = f"{prompt_tokens} tokens"
-    if max_new_tokens is not None:
-        metadata["max_new_tokens"] = str(max_new_tokens)
-        wanted += f", with max_new_tokens {prompt_tokens + max_new_tokens},"
-    message = f"the prompt has {wanted}; the model's context holds {limits.context_tokens}, at least one of them new"
-    return PromptTooLong(message, metadata=metadata)
+def _default_min_new_tokens(facts: ModelFacts, prompt_tokens: int) -> int:
+    """What the generation_config says; its min_length counts as its max_length does."""
+    if facts.generation.min_new_tokens is not None:
+        return facts.generation.min_new_tokens
+    least = facts.generation.other.get("min_length")
+    used = 1 if facts.family is Family.ENCODER_DECODER else prompt_tokens
+    return max(least - used, 0) if isinstance(least, int) else 0
+
+
+def prompt_field(prompt: Prompt) -> str:
+    """The field of the contract that holds the prompt's tokens."""
+    match prompt:
+        case TextPrompt():
+            return "text"
+        case TokenPrompt():
+            return "token_ids.ids"
+        case ChatPrompt():
+            return "chat.messages"
+
+
+def _too_long(call: GenerateCall, prompt_tokens: int, limits: ResolveLimits) -> PromptTooLong:
+    context, wanted = limits.context_tokens, call.stopping.max_new_tokens
+    metadata = {"prompt_tokens": str(prompt_tokens), "context_tokens": str(context)}
+    if wanted is not None:
+        metadata["max_new_tokens"] = str(wanted)
+    if wanted is not None and prompt_tokens < context:
+        field = "stopping.max_new_tokens"
+        description = f"{wanted} after a prompt of {prompt_tokens} tokens; the context holds {context}"
+    else:
+        field = prompt_field(call.prompt)
+        description = f"{prompt_tokens} tokens; the context holds {context}, at least one of them new"
+    return PromptTooLong(f"{field}: {description}", violations=[FieldViolation(field, description)], metadata=metadata)
 
 
 def _beams(choice: BeamChoice, defaults: GenerationDefaults) -> Beams:

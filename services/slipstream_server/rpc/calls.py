@@ -154,7 +154,7 @@ class MethodGuard:
             try:
                 return parse(data)
             except Exception:  # whatever the parser raises, these bytes are no message of the method's type
-                return Unreadable(errors.MalformedRequest("the request's bytes are no message of the expected type"))
+                return Unreadable(_malformed())
 
         return read
 
@@ -196,18 +196,24 @@ class MethodGuard:
         try:
             response, error = await _attempt(call, body)
             if error is not None:
-                await _fail(context, error)
+                await _fail(call, context, error, self._limits.write_timeout_s)
             code = _code_set_by(context)
             return response
         except grpc.aio.AbortError:  # by _fail, or a library's servicer answered by itself
             code = _code_set_by(context)
             raise
         except asyncio.CancelledError:
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if _is_over(call) else grpc.StatusCode.CANCELLED
+            code = _code_when_cancelled(call)
             raise
         finally:
             self._calls.remove(call)
             self._metrics.finished(method, code, time.monotonic() - call.started_s)
+
+
+def _malformed() -> errors.MalformedRequest:
+    """An empty field path stands for the message as a whole."""
+    text = "the request's bytes are no message of the expected type"
+    return errors.MalformedRequest(text, violations=[errors.FieldViolation("", text)])
 
 
 def _begin(method: str, context: Context) -> RunningCall:
@@ -260,10 +266,17 @@ async def _begin_answer(call: RunningCall, context: Context) -> None:
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id.get()),))
 
 
-async def _fail(context: Context, error: errors.SlipstreamError) -> NoReturn:
+async def _fail(call: RunningCall, context: Context, error: errors.SlipstreamError, write_timeout_s: float) -> NoReturn:
+    """Send the status. gRPC keeps it for a reader who does not take even that; the call itself ends all the same."""
     status = status_of(error)
     trailers = ((DETAILS_KEY, status.SerializeToString()), (REQUEST_ID_KEY, request_id.get()))
-    await context.abort(code_of(error), status.message, trailers)
+    try:
+        async with asyncio.timeout(write_timeout_s):
+            await context.abort(code_of(error), status.message, trailers)
+    except TimeoutError:
+        call.cut_by = error
+        raise asyncio.CancelledError from None
+    raise AssertionError("abort returned")
 
 
 def _checked(request: Any, requests_stream: bool) -> Any:
@@ -287,6 +300,12 @@ def _is_over(call: RunningCall) -> bool:
         return False
     slack_s = 0.02 + 0.01 * (call.deadline_s - call.started_s)
     return call.deadline_s - slack_s <= time.monotonic()
+
+
+def _code_when_cancelled(call: RunningCall) -> grpc.StatusCode:
+    if call.cut_by is not None:
+        return code_of(call.cut_by)
+    return grpc.StatusCode.DEADLINE_EXCEEDED if _is_over(call) else grpc.StatusCode.CANCELLED
 
 
 def _code_set_by(context: Context) -> grpc.StatusCode:

@@ -50,6 +50,8 @@ RETRY_AFTER_S: Mapping[type[errors.SlipstreamError], float | None] = {
     errors.StorageFull: 30.0,
     errors.Unavailable: 1.0,
     errors.ModelNotReady: 2.0,
+    # A request that two workers died of must not be sent a third time; where waiting helps, the error says so itself.
+    errors.WorkerDied: None,
 }
 
 # Trailers travel in one header list, which clients cap at 8 KiB by default: above it the client sees a transport error

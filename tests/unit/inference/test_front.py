@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -206,6 +208,25 @@ async def test_five_hundred_abandoned_streams_leave_nothing(
         await assert_eventually(lambda: len(asyncio.all_tasks()) == tasks)
         result = await collect(await fake.front.open(call(ANSWER, 20)))
         assert result.usage.completion_tokens == 3
+
+
+async def test_a_deadline_far_away_does_not_hold_a_stream_that_has_ended(
+    open_front: OpenFront, assert_eventually: Eventually
+) -> None:
+    async with open_front() as fake:
+        await ready(fake, assert_eventually)
+        far = replace(call(ANSWER, 20), deadline_monotonic_s=time.monotonic() + 3600)
+        ended, closed = await fake.front.open(far), await fake.front.open(far)
+        await collect(ended)
+        closed.close()
+        streams = [weakref.ref(ended), weakref.ref(closed)]
+        del ended, closed
+
+        def all_gone() -> bool:
+            gc.collect()
+            return all(stream() is None for stream in streams)
+
+        await assert_eventually(all_gone)
 
 
 async def test_deadlines_end_requests_wherever_they_are(open_front: OpenFront, assert_eventually: Eventually) -> None:

@@ -19,6 +19,7 @@ from slipstream_server.inference.calls import (
 )
 from slipstream_server.inference.generation import GenerationRequest
 from slipstream_server.inference.resolve import ResolveLimits, resolve
+from slipstream_server.models.facts import Family
 from unit.inference.conftest import llama_facts
 
 CALL = GenerateCall(prompt=TokenPrompt(token_ids=(5, 6)))
@@ -172,6 +173,28 @@ def test_max_length_of_the_generation_config_counts_the_prompt() -> None:
     assert resolved(max_length=5).stopping.max_new_tokens == 512
 
 
+@pytest.mark.parametrize(
+    ("generation", "prompt_tokens", "expected"),
+    [
+        ({"min_length": 30}, 10, 20),
+        ({"min_length": 30}, 40, 0),
+        ({"min_length": 30, "min_new_tokens": 3}, 10, 3),
+        ({"min_length": 900, "max_new_tokens": 50}, 10, 50),
+        ({"min_new_tokens": 4}, 10, 4),
+    ],
+)
+def test_the_models_least_length_is_kept(generation: dict[str, int], prompt_tokens: int, expected: int) -> None:
+    assert resolved(prompt_tokens=prompt_tokens, **generation).stopping.min_new_tokens == expected
+    own = resolved(stopping(min_new_tokens=1), prompt_tokens=prompt_tokens, **generation)
+    assert own.stopping.min_new_tokens == 1
+
+
+def test_a_least_length_of_an_encoder_decoder_counts_its_start_token() -> None:
+    facts = replace(llama_facts(min_length=30), family=Family.ENCODER_DECODER)
+    request = resolve(CALL, facts, ResolveLimits.of(facts), request_id=1, prompt_token_ids=(5,) * 100)
+    assert request.stopping.min_new_tokens == 29
+
+
 def test_ignore_eos_leaves_no_end_token() -> None:
     assert resolved(stopping(ignore_eos=True)).stopping.eos_token_ids == ()
 
@@ -190,6 +213,8 @@ def test_too_long_a_prompt_says_the_numbers(prompt_tokens: int, max_new_tokens: 
         metadata["max_new_tokens"] = str(max_new_tokens)
     assert caught.value.metadata == metadata
     assert isinstance(caught.value, InvalidRequest)
+    fits_alone = prompt_tokens < 1000
+    assert [v.field for v in caught.value.violations] == ["stopping.max_new_tokens" if fits_alone else "token_ids.ids"]
 
 
 def test_a_context_just_filled_is_allowed() -> None:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from slipstream_server.errors import ModelLoadFailed, ModelNotReady, OutOfMemory, SlipstreamError, WorkerDied
@@ -147,6 +148,24 @@ async def test_closing_leaves_no_process_task_or_descriptor(
         await collect(stream)
     await assert_eventually(lambda: asyncio.all_tasks() == tasks)
     await assert_eventually(lambda: len(os.listdir("/proc/self/fd")) == len(descriptors))
+
+
+@pytest.mark.parametrize(("operators", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+async def test_workers_wait_passively_unless_told_otherwise_and_ask_no_hub(
+    open_front: OpenFront,
+    assert_eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    operators: str | None,
+    expected: str,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if operators is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", operators)
+    async with open_front() as fake:
+        await ready(fake, assert_eventually)
+        environment = psutil.Process(fake.pids()[0]).environ()
+    assert (environment["OMP_WAIT_POLICY"], environment["HF_HUB_OFFLINE"]) == (expected, "1")
 
 
 async def test_many_restarts_leak_nothing(open_front: OpenFront, assert_eventually: Eventually) -> None:

@@ -24,9 +24,9 @@ from slipstream_server.chat.turns import (
     TurnFinished,
     TurnStarted,
 )
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import InvalidField, InvalidRequest
 from slipstream_server.resource_names import ConversationName, MessageName
-from slipstream_server.rpc.chat.convert import generate_request, message_delta
+from slipstream_server.rpc.chat.convert import generate_request, in_turn_words, message_delta
 
 Stream = Callable[[inference_pb2.GenerateRequest], AsyncGenerator[inference_pb2.StreamGenerateResponse, None]]
 
@@ -129,9 +129,13 @@ def answer_with(stream: Stream, options: chat_pb2.GenerationOptions) -> Answer:
             system = chat_message_pb2.ChatMessage(role=chat_message_pb2.ROLE_SYSTEM, content=settings.system_message)
             messages.insert(0, system)
         request = generate_request(model=settings.model, adapter=settings.adapter, messages=messages, options=options)
-        async with aclosing(stream(request)) as events:
-            async for event in events:
-                yield _answer_event(event)
+        try:
+            async with aclosing(stream(request)) as events:
+                async for event in events:
+                    yield _answer_event(event)
+        except InvalidRequest as error:
+            has_system = bool(settings.system_message)
+            raise in_turn_words(error, num_messages=len(messages), has_system=has_system) from None
 
     return answer
 

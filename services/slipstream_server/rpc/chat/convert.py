@@ -6,7 +6,7 @@ names of errors, so that a client reads about the message it sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from slipstream.chat.v1 import chat_service_pb2 as chat_pb2
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
@@ -85,18 +85,30 @@ def message_delta(delta: inference_pb2.GenerationDelta) -> chat_pb2.MessageDelta
 
 
 def in_chat_words(error: SlipstreamError) -> SlipstreamError:
-    """The error with the field names of the chat contract; errors that name no field are returned as they are."""
+    """The error with the field names of CompleteRequest; errors that name no field are returned as they are."""
+    return _renamed(error, _CHAT_FIELDS)
+
+
+def in_turn_words(error: SlipstreamError, *, num_messages: int, has_system: bool) -> SlipstreamError:
+    """An error in chat words with the fields that a turn's ``num_messages`` messages were made from."""
+    first = [("messages[0].content", "conversation.system_message")] if has_system else []
+    last = (f"messages[{num_messages - 1}]", "message")
+    others = (("messages", "message"), ("model", "conversation.model"), ("adapter", "conversation.adapter"))
+    return _renamed(error, (*first, last, *others))
+
+
+def _renamed(error: SlipstreamError, names: Sequence[tuple[str, str]]) -> SlipstreamError:
     if not isinstance(error, InvalidRequest) or not error.violations:
         return error
-    violations = [FieldViolation(_chat_field(v.field), v.description) for v in error.violations]
+    violations = [FieldViolation(_new_name(v.field, names), v.description) for v in error.violations]
     message = error.message
     for before, after in zip(error.violations, violations, strict=True):
         message = message.replace(before.field, after.field, 1)
     return type(error)(message, violations=violations, metadata=error.metadata, retry_after_s=error.retry_after_s)
 
 
-def _chat_field(field: str) -> str:
-    for prefix, chat_prefix in _CHAT_FIELDS:
+def _new_name(field: str, names: Sequence[tuple[str, str]]) -> str:
+    for prefix, new_prefix in names:
         if field == prefix or field.startswith((f"{prefix}.", f"{prefix}[")):
-            return chat_prefix + field.removeprefix(prefix)
+            return new_prefix + field.removeprefix(prefix)
     return field

@@ -121,7 +121,8 @@ def _chat_prompt(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
 def _chat_message(field: str, message: chat_message_pb2.ChatMessage) -> ChatMessage:
     role = _ROLES.get(message.role)
     if role is None:
-        raise InvalidField.of(f"{field}.role", "is not set; one of ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL")
+        found = f"{message.role} is no role" if message.role else "is not set"
+        raise InvalidField.of(f"{field}.role", f"{found}; one of ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL")
     if message.tool_calls and role != "assistant":
         raise InvalidField.of(f"{field}.tool_calls", f"is for ROLE_ASSISTANT only, not for {role}")
     return ChatMessage(

@@ -1,0 +1,42 @@
+"""The worker's end of the socket when something goes wrong: the engine hears of it, so that the process ends."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from slipstream_server.inference import worker_channel
+from slipstream_server.inference.generation import Finished, Loading
+from slipstream_server.inference.worker_channel import Channel, Gone
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Channel, socket.socket]]:
+    """A channel, and the front's end of its socket. The process it lives in is this one: it must not exit."""
+    monkeypatch.setattr(worker_channel.os, "_exit", lambda code: None)
+    front, worker = socket.socketpair()
+    with front, worker:
+        front.settimeout(10)
+        yield Channel(worker), front
+
+
+@pytest.mark.parametrize("unsendable", [object(), Loading(2.0, "\ud800"), Loading(1.0, "x" * (65 << 20))])
+def test_events_that_cannot_be_sent_end_the_worker_instead_of_silencing_it(
+    ends: tuple[Channel, socket.socket], unsendable: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    channel, front = ends
+    channel.send([Finished(1)])
+    channel.send([unsendable])  # type: ignore[list-item]
+    assert isinstance(channel.next_command(10.0), Gone)
+    assert channel.send([Finished(2)]) is False
+    assert "events cannot be sent" in caplog.text
+    received = b"".join(iter(lambda: front.recv(1 << 16), b""))
+    assert received.count(b"finished") == 1  # what came before is sent, and then the end of the stream
+
+
+def test_a_front_that_hangs_up_is_told_to_the_engine(ends: tuple[Channel, socket.socket]) -> None:
+    channel, front = ends
+    front.close()
+    assert isinstance(channel.next_command(10.0), Gone)
