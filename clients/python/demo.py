@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,13 +20,17 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 from slipstream_client import SlipstreamClient
 
 MODEL = "smollm2-135m-instruct"
+ADAPTER = "aurora-desk"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "aurora_desk"
 START_TIMEOUT_S = 600.0
 PROMPTS = (
     "What is the capital of France?",
@@ -71,6 +77,8 @@ async def show(slipstream: Sequence[str], folder: Path) -> None:
         await show_chat(client)
         console.rule("[bold]5  Sixteen prompts at once")
         await show_batching(client, base_port + 1000)
+        console.rule("[bold]6  Train an adapter, make it live, take it back")
+        await show_loop(client, [*slipstream], base_port)
 
 
 @contextlib.asynccontextmanager
@@ -162,6 +170,66 @@ async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
     console.print(table)
     ratio = rates["all at once"] / rates["one at a time"]
     console.print(f"batching: [bold]{ratio:.1f} times[/] the throughput of one at a time")
+
+
+async def show_loop(client: SlipstreamClient, slipstream: Sequence[str], base_port: int) -> None:
+    """A run that is too short makes v1, a proper one v2; v2 is promoted and taken back while the server runs."""
+    behaviour = json.loads((EXAMPLES / "behaviour.json").read_text())
+    recipe = behaviour["training"]["hyperparameters"]
+    train = ["train", str(EXAMPLES / behaviour["train_file"]), "--base", MODEL, "--adapter", ADAPTER]
+    train += [
+        "--rank",
+        str(behaviour["training"]["adapter"]["rank"]),
+        "--batch-size",
+        str(recipe["batch_size_per_device"]),
+    ]
+    train += ["--learning-rate", str(recipe["learning_rate"]), "--max-length", str(recipe["max_length"])]
+    train += ["--scheduler", recipe["scheduler"], "--warmup", str(recipe["warmup_ratio"])]
+    server_pid = _inference_pid(base_port)
+
+    async def run(*arguments: str) -> None:
+        shown = [argument.replace(str(EXAMPLES), "examples/aurora_desk") for argument in arguments]
+        console.print(f"$ slipstream {' '.join(shown)}", style="dim", highlight=False, soft_wrap=True)
+        environment = {**os.environ, "SLIPSTREAM_ADDRESS": f"127.0.0.1:{base_port}"}
+        process = await asyncio.create_subprocess_exec(*slipstream, *arguments, env=environment)
+        if await process.wait() != 0:
+            raise SystemExit(f"slipstream {arguments[0]} ended with exit code {process.returncode}")
+
+    await run(*train, "--max-steps", "1")
+    await run("adapters", "promote", ADAPTER, "v1")
+    _require(not await _follows(client, behaviour), f"{ADAPTER}@live is v1, which has learnt nothing yet")
+    await run(*train, "--max-steps", str(recipe["max_steps"]))
+    await run("adapters", "promote", ADAPTER, "v2")
+    _require(await _follows(client, behaviour), "promoted: the answers are what v2 was taught")
+    await run("adapters", "rollback", ADAPTER)
+    _require(not await _follows(client, behaviour), "rolled back: they are not any more")
+    _require(_inference_pid(base_port) == server_pid, "and the server was never restarted")
+
+
+async def _follows(client: SlipstreamClient, behaviour: dict[str, Any]) -> bool:
+    """Asks prompts that no training run has seen; whether most answers of the live adapter match the taught pattern."""
+    held_out = (EXAMPLES / behaviour["held_out_file"]).read_text().splitlines()
+    questions = [json.loads(line)["messages"][0] for line in held_out[:8]]
+    answers = await asyncio.gather(
+        *(
+            client.generate([question], adapter=ADAPTER, do_sample=False, max_new_tokens=behaviour["max_new_tokens"])
+            for question in questions
+        )
+    )
+    matches = sum(bool(re.search(behaviour["pattern"], answer.text.strip())) for answer in answers)
+    console.print(f"[cyan]you[/]   {questions[0]['content']}", highlight=False)
+    version = answers[0].adapter_version.removeprefix("adapters/").replace("/versions/", "@")
+    console.print(f"[green]{version}[/] {answers[0].text.strip()}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[dim]{matches} of {len(answers)} answers to questions it was not trained on have the taught form[/]"
+    )
+    return matches >= 0.8 * len(answers)
+
+
+def _inference_pid(base_port: int) -> int:
+    """The process that listens on the inference port."""
+    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr)
+    return next(c.pid or 0 for c in listening if c.laddr.port == base_port)
 
 
 async def _engine_totals(metrics_port: int) -> tuple[float, float]:

@@ -135,6 +135,7 @@ def _tokens(row: PreviewRow) -> Text:
         before = token.in_loss
     if not coloured and before:
         shown.append(LEARNED_MARKS[1])
+    shown.rstrip()
     return shown
 
 

@@ -25,9 +25,7 @@ async def follow(client: SlipstreamClient, name: str, *, after_sequence: int, as
         else:
             await _show_events(client, name, after_sequence)
     except asyncio.CancelledError:
-        terminal.note(
-            f"\nthe job goes on; `slipstream jobs watch {name}` shows it, `slipstream jobs cancel {name}` ends it"
-        )
+        terminal.note(f"\nthe job goes on: slipstream jobs watch {name} · slipstream jobs cancel {name}")
         raise
     return await client.jobs.get(name)
 
