@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -45,6 +46,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 State = pb2.TrainingJob
+ENDED = (State.STATE_SUCCEEDED, State.STATE_FAILED, State.STATE_CANCELLED)
 
 
 def save_tiny_model(folder: Path) -> Path:
@@ -114,13 +116,10 @@ class Bench:
 
     folder: Path
     model: Path
+    control: Path
     registry: FakeRegistry = field(default_factory=FakeRegistry)
     capacity_bytes: Mapping[str, int] = field(default_factory=lambda: {"cpu": 64 * GIB})
     max_running_jobs: int = 4
-
-    @property
-    def control(self) -> Path:
-        return self.folder / "control"
 
     def say(self, name: str, what: object) -> None:
         """Tell the fake runners something; an empty text takes it back."""
@@ -136,24 +135,25 @@ class Bench:
 
     def runners(self) -> list[psutil.Process]:
         """Every living process that belongs to a job of this bench."""
-        return [process for process in psutil.process_iter() if _is_of(process, str(self.folder))]
+        return [process for process in psutil.process_iter() if _is_of(process)]
 
 
 def new_bench(folder: Path, **options: Any) -> Bench:
     """A bench with a tiny model, and an adapter for the fake runners to hand over."""
-    bench = Bench(folder=folder, model=save_tiny_model(folder / "model"), **options)
+    bench = Bench(folder=folder, model=save_tiny_model(folder / "model"), control=folder / "control", **options)
     (bench.control / "adapter").mkdir(parents=True)
     (bench.control / "adapter" / "adapter_model.safetensors").write_bytes(b"weights")
     return bench
 
 
-def _is_of(process: psutil.Process, folder: str) -> bool:
+def _is_of(process: psutil.Process) -> bool:
+    """Whether it lives, and has a mark and this test's own sign in its environment."""
     try:
         environment = process.environ()
         is_alive = process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, OSError):
         return False
-    return is_alive and MARK in environment and environment.get("TRAINING_BENCH") == folder
+    return is_alive and MARK in environment and environment.get("TRAINING_BENCH") == os.environ["TRAINING_BENCH"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +162,7 @@ class TrainingClient:
 
     jobs: Any
     datasets: Any
-    server: RpcServer
-    stop: asyncio.Event
-    serving: asyncio.Task[int]
+    serving: asyncio.Task[int] | None = None
 
     async def upload(self, dataset: str, *rows: object, **header: Any) -> dataset_pb2.Dataset:
         return await self.upload_files(dataset, {"train.jsonl": jsonl(rows or talk())}, **header)
@@ -204,6 +202,9 @@ class TrainingClient:
             while (found := await self.get(job)).state not in states:
                 await asyncio.sleep(0.02)
         return found
+
+    async def wait_for_end(self, job: str) -> pb2.TrainingJob:
+        return await self.until(job, *ENDED, timeout_s=120)
 
     async def until_step(self, job: str, step: int, timeout_s: float = 30) -> pb2.TrainingJob:
         async with asyncio.timeout(timeout_s):
@@ -247,16 +248,18 @@ async def _served(workshop: Workshop, listen: ListenConfig) -> AsyncIterator[Tra
     try:
         server = started.result()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield TrainingClient(
-                jobs=training_grpc.TrainingServiceStub(channel),
-                datasets=dataset_grpc.DatasetServiceStub(channel),
-                server=server,
-                stop=stop,
-                serving=serving,
-            )
+            yield client_of(channel, serving)
     finally:
         stop.set()
         await serving
+
+
+def client_of(channel: grpc.aio.Channel, serving: asyncio.Task[int] | None = None) -> TrainingClient:
+    return TrainingClient(
+        jobs=training_grpc.TrainingServiceStub(channel),
+        datasets=dataset_grpc.DatasetServiceStub(channel),
+        serving=serving,
+    )
 
 
 def talk(count: int = 10) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ def upgrade() -> None:
         "checkpoints",
         sa.Column("job", sa.String(63), nullable=False),
         sa.Column("step", sa.BigInteger(), autoincrement=False, nullable=False),
-        sa.Column("epoch", sa.Float(), nullable=False),
+        sa.Column("epoch", sa.Double(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("metrics_json", sa.Text(), nullable=False),
         sa.Column("create_time", UtcTime(), nullable=False),
