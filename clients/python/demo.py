@@ -22,6 +22,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # before gRPC is imported: no word on connections that end
+
 import psutil
 from rich.console import Console
 from rich.table import Table
