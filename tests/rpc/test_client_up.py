@@ -1,5 +1,6 @@
 """``slipstream up`` with a real service: the lines it prints, how it ends, and what it leaves."""
 
+import json
 import os
 import signal
 import socket
@@ -66,6 +67,20 @@ def test_prints_serving_then_ready_and_ends_with_0(up, tmp_path, number):
     assert process.wait(30) == 0
     assert not children[0].is_running()
     assert "chat has stopped" in (tmp_path / "logs" / "chat.log").read_text()
+
+
+def test_as_json_each_change_is_an_object(up):
+    base = free_base_port()
+    process = up("--base-port", str(base), "--json")
+    lines = [json.loads(line) for line in (process.stdout.readline(), process.stdout.readline())]
+    assert (lines[0]["event"], lines[0]["service"], lines[0]["state"]) == ("service", "chat", "serving")
+    assert (lines[1]["event"], lines[1]["addresses"]) == ("ready", {"chat": f"127.0.0.1:{base + 1}"})
+    psutil.Process(process.pid).children()[0].kill()
+    died = next(line for line in map(json.loads, process.stdout) if line["event"] == "died")
+    assert (died["service"], died["exit_code"], died["restart_in_s"]) == ("chat", -9, 1.0)
+    process.send_signal(signal.SIGTERM)
+    assert [json.loads(line)["event"] for line in process.stdout][-2:] == ["stopping", "stopped"]
+    assert process.wait(30) == 0
 
 
 def test_a_killed_service_is_started_again_and_said_loudly(up):

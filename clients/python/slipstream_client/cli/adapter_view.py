@@ -43,7 +43,7 @@ def version_table(versions: Iterable[AdapterVersion]) -> Table:
     for version in versions:
         rows.add_row(
             f"[bold]{version.id}[/]",
-            state_of(version),
+            state_of(version, in_full=False),
             " ".join(f"[{'green' if alias == LIVE else 'cyan'}]{escape(alias)}[/]" for alias in version.aliases),
             f"rank {version.lora.rank}" if version.lora and version.lora.rank else "",
             figures_in_words(version.metrics),
@@ -54,8 +54,9 @@ def version_table(versions: Iterable[AdapterVersion]) -> Table:
     return rows
 
 
-def state_of(version: AdapterVersion) -> str:
-    more = str(version.error or "") or version.state_message
+def state_of(version: AdapterVersion, *, in_full: bool = True) -> str:
+    """The state in colour; a failure says why, and ``in_full`` so does every other state."""
+    more = str(version.error or "") or (version.state_message if in_full else "")
     colour = COLOURS.get(version.state, "dim")
     return f"[{colour}]{version.state or 'unknown'}[/]" + (f" [dim]{escape(more)}[/]" if more else "")
 

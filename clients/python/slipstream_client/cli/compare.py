@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,14 +80,24 @@ def compare(
         everything = [[asyncio.ensure_future(one(text, name)) for name in names] for text in prompts]
         failed = False
         for text, asked in zip(prompts, everything, strict=True):
-            with terminal.err.status("asking"):
-                answers = await asyncio.gather(*asked)
+            answers = await _all_of(asked, names)
             failed = failed or any(found.error for found in answers)
             _show(text, answers, as_json, several=len(prompts) > 1)
         return failed
 
     if target.run(work):
         raise typer.Exit(1)
+
+
+async def _all_of(asked: Sequence[asyncio.Future[Answer]], names: Sequence[str]) -> list[Answer]:
+    """The answers in their order; says meanwhile who has not answered yet."""
+    with terminal.err.status("") as status:
+        waiting = set(asked)
+        while waiting:
+            left = (name for name, answer in zip(names, asked, strict=True) if answer in waiting)
+            status.update(f"[dim]asking {escape(', '.join(left))}[/]")
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    return [answer.result() for answer in asked]
 
 
 def _names(adapters: str) -> list[str]:

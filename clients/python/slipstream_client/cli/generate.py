@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from slipstream_client.adapter_results import short_name
 from slipstream_client.cli import terminal
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.sampling import AnswerFlags
@@ -132,7 +133,7 @@ def summary(stream: AnswerStream[Any], began_s: float, first_s: float, ended_s: 
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
     parts = [
         stream.model.removeprefix("models/"),
-        stream.adapter_version.removeprefix("adapters/"),
+        short_name(stream.adapter_version),
         f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens",
         f"first after {(first_s - began_s) * 1000:.0f} ms",
         speed,
