@@ -8,7 +8,7 @@ import grpc
 import pytest
 from tests.rpc.adapters_kit import adapter_service
 from tests.unit.adapters.lora_files import BASE, CONFIG, WEIGHTS, lora_files
-from tests.unit.client.fake_services import Failure, settings_for
+from tests.unit.client.fake_services import settings_for
 
 from slipstream.adapters.v1 import adapter_service_pb2 as adapter_pb2
 from slipstream.adapters.v1 import adapter_service_pb2_grpc

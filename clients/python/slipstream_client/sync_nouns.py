@@ -6,7 +6,8 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, Unpack
 
 from slipstream_client import options
-from slipstream_client.adapters import AdapterAliases, Adapters, AdapterVersions
+from slipstream_client.adapter_versions import AdapterAliases, AdapterVersions
+from slipstream_client.adapters import Adapters
 from slipstream_client.conversations import Conversations, MessageStream, TurnOptions
 from slipstream_client.datasets import Datasets
 from slipstream_client.jobs import Jobs

@@ -91,6 +91,11 @@ def main() -> None:
         # The reader has gone (`| head`); nothing more can be said, not even by the interpreter's last flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        # A file that cannot be written, a disk that is full.
+        where = f"{error.filename}: " if error.filename else ""
+        terminal.err.print(f"[bold red]error[/] {escape(where + (error.strerror or str(error)))}")
+        sys.exit(1)
 
 
 def _refuse(error: TyperException) -> NoReturn:
