@@ -21,7 +21,14 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from slipstream_server.errors import CorruptArtifact, DeadlineExceeded, DependencyUnavailable, StorageFull, WorkerDied
+from slipstream_server.errors import (
+    CorruptArtifact,
+    DeadlineExceeded,
+    DependencyUnavailable,
+    FencedOut,
+    StorageFull,
+    WorkerDied,
+)
 from slipstream_server.storage.columns import utc_now
 from slipstream_server.storage.device_ledger import DeviceLedger
 from slipstream_server.storage.process_identity import ProcessIdentity
@@ -35,7 +42,7 @@ from slipstream_server.training.resources import Outcome, Problem, as_json, plan
 from slipstream_server.training.result import TrainingResult, read_result
 from slipstream_server.training.retries import retry_after
 from slipstream_server.training.spool_intake import SpoolIntake, Taken, ending_of
-from slipstream_server.training.states import JobState, Order
+from slipstream_server.training.states import WITH_PROCESSES, JobState, Order
 from slipstream_server.training.tables import AttemptRow, JobRow
 
 log = logging.getLogger(__name__)
@@ -78,10 +85,23 @@ class JobRun:
     async def run(self) -> float | None:
         """Return when no process of the job is left and its state says so: seconds until a retry, or None.
 
-        Cancelling it leaves the processes as they are. Raises FencedOut, and InternalError where processes cannot be
-        ended.
+        Cancelling it leaves the processes as they are, and so do StorageFull and DependencyUnavailable: run it again.
+        Raises FencedOut, and InternalError where processes cannot be ended.
         """
+        try:
+            return await self._run()
+        except (FencedOut, *_PASSING):
+            raise
+        except Exception:
+            await asyncio.to_thread(process_tree.kill_tree, self._mark)
+            await asyncio.to_thread(self._around.ledger.release, ledger_name(self._job))
+            raise
+
+    async def _run(self) -> float | None:
         root = await self._start_or_find()
+        if root is None:
+            await asyncio.to_thread(self._around.ledger.release, ledger_name(self._job))
+            return None
         deadline_s = await self._deadline_s()
         self._bell.set()
         while True:
@@ -109,9 +129,12 @@ class JobRun:
 
     # Processes
 
-    async def _start_or_find(self) -> ProcessIdentity:
+    async def _start_or_find(self) -> ProcessIdentity | None:
+        """The tree's first process; None where somebody took the job out of the queue in the last moment."""
         async with self._around.fence.write() as session:
-            row = await session.get_one(JobRow, self._job)
+            row = await session.get(JobRow, self._job)
+            if row is None or (row.state != JobState.QUEUED and row.state not in WITH_PROCESSES):
+                return None
             if row.state == JobState.QUEUED:
                 attempt = await self._new_attempt(session, row)
             else:

@@ -96,8 +96,8 @@ class Publisher:
 
     async def _publish(self, job: str, folder: JobFolder) -> None:
         async with self._fence.write() as session:
-            row = await session.get_one(JobRow, job)
-            if row.state != JobState.PUBLISHING:
+            row = await session.get(JobRow, job)
+            if row is None or row.state != JobState.PUBLISHING:
                 return
             spec, plan, outcome = spec_of(row), plan_of(row), outcome_of(row)
             if row.wish == Order.CANCEL and outcome is not None and not outcome.version:

@@ -17,7 +17,6 @@ import msgspec
 
 from slipstream_server.errors import (
     DependencyUnavailable,
-    FencedOut,
     InternalError,
     InvalidDataset,
     InvalidField,
@@ -132,7 +131,8 @@ class JobValidator:
         folder = JobFolder(self._jobs / job)
         try:
             checked = await self._validation.fully(stored.owner, stored.spec, folder)
-        except (*_PASSING, FencedOut):
+        except _PASSING as error:
+            await self._explain(job, f"waiting: {error.message}")
             raise
         except SlipstreamError as error:
             await self._end(job, Problem(reason=error.reason, message=error.message, metadata=error.metadata), folder)
@@ -150,6 +150,12 @@ class JobValidator:
             if row is not None and row.state == JobState.VALIDATING:
                 row.spec_json, row.plan_json = as_json(checked.spec), as_json(plan)
                 await self._journal.move(session, row, JobState.QUEUED)
+
+    async def _explain(self, job: str, message: str) -> None:
+        async with self._database.write() as session:
+            row = await session.get(JobRow, job)
+            if row is not None and row.state == JobState.VALIDATING:
+                self._journal.explain(row, message)
 
     async def _end(self, job: str, problem: Problem, folder: JobFolder) -> None:
         async with self._database.write() as session:

@@ -31,10 +31,12 @@ from slipstream_server.models.sources import PreparedModel, resolve
 from slipstream_server.resource_names import check_id
 from slipstream_server.rpc.inference.adapters import FrontAdapters, front_adapters, known_as, registry_peer
 from slipstream_server.rpc.inference.models import ModelServicer
+from slipstream_server.rpc.inference.reservation import reserve
 from slipstream_server.rpc.inference.servicer import InferenceServicer
 from slipstream_server.rpc.server import Mount
 from slipstream_server.rpc.service_runner import Service, announce, run_service
 from slipstream_server.rpc.telemetry import new_registry
+from slipstream_server.storage.device_ledger import DeviceLedger
 
 log = logging.getLogger(__name__)
 
@@ -146,10 +148,13 @@ async def _is_ready(front: InferenceFront, model: str) -> AsyncIterator[bool]:
 
 
 async def _bring_models(front: InferenceFront, wanted: dict[str, str], settings: Settings) -> None:
+    ledger, plans = DeviceLedger(settings.common.data_dir), []
     for name, source in wanted.items():
         try:
             prepared = await _prepare(front, name, source, settings.inference.tokenizer)
-            front.add_model(await asyncio.to_thread(_plan, name, prepared, settings))
+            plans.append(await asyncio.to_thread(_plan, name, prepared, settings))
+            await asyncio.to_thread(reserve, ledger, settings.inference, plans)
+            front.add_model(plans[-1])
         except SlipstreamError as error:
             log.error("model %s cannot be served: %s", name, error.message)
             front.give_up(name, error)

@@ -58,6 +58,7 @@ class DatasetServicer(dataset_grpc.DatasetServiceServicer):
         key = requests.request_key("UploadDataset", header.request_id, header)
         self._rooms.intake.check_announced(files)
         if header.validate_only:
+            # No row refers to what is stored for the check, so the collector takes it away.
             artifact = await self._rooms.intake.receive(files, _chunks(request_iterator))
             report = await self._rooms.datasets.report(artifact, files, details.wanted_format)
             state = pb2.Dataset.STATE_READY if report.is_valid else pb2.Dataset.STATE_INVALID
