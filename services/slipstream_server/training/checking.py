@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from sqlalchemy import select
 
@@ -72,12 +73,12 @@ class Checking:
 
     async def _begin(self, tasks: asyncio.TaskGroup) -> None:
         for dataset in await self._datasets.unchecked():
-            self._check(tasks, f"datasets/{dataset}", lambda each=dataset: self._datasets.check(each))  # type: ignore[misc]
+            self._check(tasks, f"datasets/{dataset}", partial(self._datasets.check, dataset))
         waiting = select(JobRow.id).where(JobRow.state == JobState.VALIDATING).order_by(JobRow.create_time)
         async with self._database.read() as session:
             jobs = tuple(await session.scalars(waiting))
         for job in jobs:
-            self._check(tasks, f"trainingJobs/{job}", lambda each=job: self._validator.run(each))  # type: ignore[misc]
+            self._check(tasks, f"trainingJobs/{job}", partial(self._validator.run, job))
 
     def _check(self, tasks: asyncio.TaskGroup, name: str, work: Callable[[], Awaitable[None]]) -> None:
         if name not in self._running:

@@ -33,6 +33,7 @@ class JobData:
     num_evaluation_rows: int
     num_skipped_rows: int
     num_tokens: int
+    longest_tokens: int
     has_evaluation_file: bool
 
 
@@ -66,6 +67,7 @@ def write_job_data(
         num_evaluation_rows=num_evaluation,
         num_skipped_rows=writing.num_skipped,
         num_tokens=writing.num_tokens,
+        longest_tokens=writing.longest_tokens,
         has_evaluation_file=evaluation is not None,
     )
 
@@ -77,7 +79,7 @@ class _Writing:
         self._dataset, self._files, self._spec, self._tokenizer = dataset, files, spec, tokenizer
         self.hash = hashlib.sha256()
         self.num_skipped = 0
-        self.num_tokens = 0
+        self.num_tokens = self.longest_tokens = 0
 
     def copy(self, split: str, target: Path | None) -> int:
         """The number of usable rows of ``split``."""
@@ -99,6 +101,7 @@ class _Writing:
         content = canonical_bytes(row) + b"\n"
         self.hash.update(content)
         self.num_tokens += len(made.token_ids)
+        self.longest_tokens = max(self.longest_tokens, len(made.token_ids))
         if file is not None:
             file.write(content)
         return None

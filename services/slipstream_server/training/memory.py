@@ -42,8 +42,13 @@ class TrainingMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.overhead
 
 
-def estimate_training(folder: Path, facts: ModelFacts, spec: JobSpec, device: str) -> TrainingMemory:
-    """The memory of ``spec`` on each of its devices. Raises InvalidField for target modules that the model has not."""
+def estimate_training(
+    folder: Path, facts: ModelFacts, spec: JobSpec, device: str, longest_tokens: int
+) -> TrainingMemory:
+    """The memory of ``spec`` on each of its devices, for rows of up to ``longest_tokens``.
+
+    Raises InvalidField for target modules that the model has not.
+    """
     trainable = _trainable(folder, spec)
     element_bytes = 2 if _is_bfloat16(spec, device) else _FLOAT32_BYTES
     num_parameters = count_parameters(facts)
@@ -51,7 +56,7 @@ def estimate_training(folder: Path, facts: ModelFacts, spec: JobSpec, device: st
         weights=num_parameters * element_bytes + trainable * _FLOAT32_BYTES,
         gradients=trainable * _FLOAT32_BYTES,
         optimizer=trainable * _ADAM_BYTES,
-        activations=_activations(facts, spec, element_bytes),
+        activations=_activations(facts, spec, element_bytes, longest_tokens),
         overhead=_OVERHEAD_BYTES,
         num_parameters=num_parameters + trainable,
         num_trainable_parameters=trainable,
@@ -63,8 +68,8 @@ def _is_bfloat16(spec: JobSpec, device: str) -> bool:
     return precision == "bfloat16" or (precision == "auto" and device != "cpu")
 
 
-def _activations(facts: ModelFacts, spec: JobSpec, element_bytes: int) -> int:
-    tokens = spec.hyperparameters.batch_size_per_device * spec.hyperparameters.max_length
+def _activations(facts: ModelFacts, spec: JobSpec, element_bytes: int, longest_tokens: int) -> int:
+    tokens = spec.hyperparameters.batch_size_per_device * longest_tokens
     hidden, inner = facts.hidden_size or 0, facts.intermediate_size or 0
     per_layer = (16 * hidden + 6 * inner) * element_bytes
     logits = 3 * (facts.vocab_size or 0) * _FLOAT32_BYTES

@@ -86,10 +86,11 @@ class Validation:
         require_causal(base)
         spec = filled_in(spec, base)
         device = self.device(spec)
-        memory = await asyncio.to_thread(estimate_training, base.folder, base.facts, spec, device)
+        checked = await _with_memory(spec, base, device, None, spec.hyperparameters.max_length)
         if must_fit:
-            check_can_ever_fit(device, spec.num_processes, spec.memory_bytes or memory.total, self._capacity_bytes)
-        return Checked(spec=spec, base=base, memory=memory, device=device)
+            # Rows may be much shorter than they are allowed to be: what is needed however short they are.
+            self._check_fits(await _with_memory(spec, base, device, None, 1))
+        return checked
 
     async def fully(self, owner: str, spec: JobSpec, folder: JobFolder | None, *, must_fit: bool = True) -> Checked:
         """Everything checked; what the runner needs is written into ``folder`` where there is one.
@@ -102,7 +103,15 @@ class Validation:
         checked = await self.with_model(spec, must_fit=must_fit)
         files = await self._datasets.folder(dataset)
         data = await asyncio.to_thread(_write, checked, dataset, files, folder)
-        return Checked(spec=checked.spec, base=checked.base, memory=checked.memory, device=checked.device, data=data)
+        checked = await _with_memory(checked.spec, checked.base, checked.device, data, data.longest_tokens)
+        if must_fit:
+            self._check_fits(checked)
+        return checked
+
+    def _check_fits(self, checked: Checked) -> None:
+        spec = checked.spec
+        needed = spec.memory_bytes or checked.memory.total
+        check_can_ever_fit(checked.device, spec.num_processes, needed, self._capacity_bytes)
 
     def device(self, spec: JobSpec) -> str:
         """The kind of device that ``spec`` means. Raises UnsupportedField where this machine has none."""
@@ -210,6 +219,13 @@ def plan_for(checked: Checked, folder: JobFolder) -> JobPlan:
         num_skipped_rows=data.num_skipped_rows,
         recipe_digest=_recipe(checked, data, folder).digest(),
     )
+
+
+async def _with_memory(
+    spec: JobSpec, base: BaseModel, device: str, data: JobData | None, longest_tokens: int
+) -> Checked:
+    memory = await asyncio.to_thread(estimate_training, base.folder, base.facts, spec, device, longest_tokens)
+    return Checked(spec=spec, base=base, memory=memory, device=device, data=data)
 
 
 def _write(checked: Checked, dataset: Dataset, files: Path, folder: JobFolder | None) -> JobData:

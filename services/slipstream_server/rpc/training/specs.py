@@ -6,8 +6,10 @@ What this build cannot honour is UnsupportedField, by its name; nothing is dropp
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from slipstream.training.v1 import training_service_pb2 as pb2
 from slipstream.type.v1 import lora_pb2, precision_pb2
@@ -16,6 +18,8 @@ from slipstream_server.resource_names import AdapterName, check_alias
 from slipstream_server.rpc.training.requests import dataset_id
 from slipstream_server.training.recipe import ALL_LINEAR, Bias, Hyperparameters, LoraSettings, Precision, Scheduler
 from slipstream_server.training.specification import DEFAULT_MAX_LENGTH, JobSpec, Publication, RetryPolicy
+
+T = TypeVar("T")
 
 _EVALUATION_FRACTION = 0.1
 _METRICS = ("eval_loss", "perplexity")
@@ -158,7 +162,7 @@ def _unsupported(message: pb2.TrainingJobSpec) -> Iterator[FieldViolation]:
             yield FieldViolation(f"spec.{name}", "this build cannot honour the value; leave it out")
 
 
-def _or(message, field: str, default):  # type: ignore[no-untyped-def]
+def _or(message: Message, field: str, default: T) -> T:
     """The value of an optional field, or its default."""
     return getattr(message, field) if message.HasField(field) else default
 
