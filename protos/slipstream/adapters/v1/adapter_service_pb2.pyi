@@ -116,7 +116,7 @@ class Adapter(_message.Message):
     version_count: _builtins.int
     """Versions that are not retired."""
     owner: _builtins.str
-    """Who made it: the subject of the bearer token, "local" without authentication."""
+    """Who made it: the subject of the bearer token, "anonymous" without authentication."""
     etag: _builtins.str
     """Changes with every UpdateAdapter; send it back to change only what was read."""
     @_builtins.property

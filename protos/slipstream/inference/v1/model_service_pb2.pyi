@@ -192,7 +192,7 @@ class Model(_message.Message):
     base_model: _builtins.str
     """The model it was made from, by a job, a merge or CreateModel: a model's name or a source. Empty: none."""
     owner: _builtins.str
-    """Who registered it: the subject of the bearer token, "local" without authentication."""
+    """Who registered it: the subject of the bearer token, "anonymous" without authentication."""
     etag: _builtins.str
     """Changes with every change of the options; send it back to change only what was read."""
     @_builtins.property

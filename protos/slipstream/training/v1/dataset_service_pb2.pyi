@@ -306,7 +306,7 @@ class Dataset(_message.Message):
     revision: _builtins.str
     """Revision that was fetched. Empty for sources without revisions."""
     owner: _builtins.str
-    """Who made it: the subject of the bearer token, "local" without authentication."""
+    """Who made it: the subject of the bearer token, "anonymous" without authentication."""
     etag: _builtins.str
     """Changes with every change of the state."""
     @_builtins.property

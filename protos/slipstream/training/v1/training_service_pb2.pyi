@@ -296,7 +296,7 @@ class TrainingJob(_message.Message):
     last_sequence: _builtins.int
     """Sequence number of its last event: WatchTrainingJob after it sends only what is new."""
     owner: _builtins.str
-    """Who made it: the subject of the bearer token, "local" without authentication."""
+    """Who made it: the subject of the bearer token, "anonymous" without authentication."""
     etag: _builtins.str
     """Changes with every change of the state."""
     @_builtins.property
