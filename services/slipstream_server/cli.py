@@ -158,9 +158,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(service: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=f"slipstream serve {service}", description=SERVICES[service].__doc__, allow_abbrev=False
-    )
+    parser = _Parser(prog=f"slipstream serve {service}", description=SERVICES[service].__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="slipstream.toml to read")
     parser.add_argument(
         "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any setting, of other services too"
