@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slipstream_server.inference.engine.scheduler import BatchLimits, Scheduler, num_rows
-from slipstream_server.inference.generation import Beams, GenerationRequest, Sampling, Stopping
+from slipstream_server.inference.generation import AdapterPin, Beams, GenerationRequest, Sampling, Stopping
 
 
 def share_key(request: GenerationRequest) -> int:
@@ -122,3 +122,24 @@ def test_removed_and_expired_requests_are_not_collected() -> None:
     assert [request.id for request in scheduler.take_expired(5.0)] == [2]
     assert [request.id for request in scheduler.collect(6.0)] == [3]
     assert len(scheduler) == 0
+
+
+def test_a_batch_names_no_more_adapters_than_it_may() -> None:
+    """The rest is passed over, not waited for; requests for adapters of the batch and for the base still join it."""
+    scheduler = Scheduler(BatchLimits(max_batch_adapters=2, max_queue_delay_ms=1000), lambda _: None)
+    adapters = {name: AdapterPin(version=name, digest=name, folder="") for name in "abc"}
+    wanted = ["a", "b", "c", None, "a"]
+    for request_id, name in enumerate(wanted):
+        scheduler.add(
+            GenerationRequest(
+                id=request_id,
+                prompt_token_ids=(1,),
+                sampling=Sampling(),
+                stopping=Stopping(max_new_tokens=1),
+                adapter=adapters[name] if name else None,
+            ),
+            now_s=0.0,
+        )
+    assert [each.id for each in scheduler.collect(0.0)] == [0, 1, 3, 4]
+    assert scheduler.collect(0.0) == []
+    assert [each.id for each in scheduler.collect(2.0)] == [2]
