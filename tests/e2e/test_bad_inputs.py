@@ -90,17 +90,18 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("options", "field"), OPTIONS.values(), ids=OPTIONS)
 def test_options_of_a_generation(inference: Stranger, options: dict[str, Any], field: str) -> None:
+    request = inference.encode(GENERATE, {"text": "hello", **options})
     for method in (GENERATE, STREAM_GENERATE):
-        assert told(inference.refusal(method, {"text": "hello", **options})) == ("INVALID_ARGUMENT", INVALID, (field,))
+        assert told(inference.refusal(method, request)) == ("INVALID_ARGUMENT", INVALID, (field,))
 
 
 @pytest.mark.parametrize(("options", "field"), OPTIONS.values(), ids=OPTIONS)
 def test_options_of_a_chat_are_named_as_the_chat_names_them(
     chat: Stranger, options: dict[str, Any], field: str
 ) -> None:
-    expected = ("INVALID_ARGUMENT", INVALID, (f"options.{field}",))
+    request = chat.encode(COMPLETE, {"messages": [USER], "options": options})
     for method in (COMPLETE, STREAM_COMPLETE):
-        assert told(chat.refusal(method, {"messages": [USER], "options": options})) == expected
+        assert told(chat.refusal(method, request)) == ("INVALID_ARGUMENT", INVALID, (f"options.{field}",))
 
 
 PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
