@@ -94,7 +94,7 @@ class InferenceConfig(_ServiceConfig):
     tokenizer: str | None = setting(None, "tokenizer source; unset: the model's own")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     device_map: str | None = setting(None, "transformers' device_map, as `auto` to spread over GPUs")
-    dtype: str = setting("auto", "dtype of the weights", choices=("auto", "float64", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "dtype of the weights", choices=("auto", "float32", "bfloat16", "float16"))
     quantization: str = setting("none", "quantization at load, by bitsandbytes", choices=("none", "8bit", "4bit"))
     attention: str = setting(
         "auto",
@@ -147,7 +147,8 @@ class TrainingConfig(_ServiceConfig):
     )
     import_roots: tuple[Path, ...] = setting((), "folders below which clients may name datasets and models")
     adapters_address: str | None = setting(None, "HOST:PORT of the adapters service; unset: by common.base_port")
-    inference_address: str | None = setting(None, "HOST:PORT of the inference service; unset: by common.base_port")
+    adapters_tls_ca: Path | None = setting(None, "PEM file; speak TLS to adapters and trust this authority")
+    adapters_token_file: Path | None = setting(None, "its first token is shown to adapters; unset: common.token_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

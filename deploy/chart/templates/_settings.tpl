@@ -28,8 +28,9 @@
 {{- if eq .name "inference" }}
 {{- $_ := set $own "models" $values.inference.models }}
 {{- end }}
-{{- if and (eq .name "chat") $values.tls.existingSecret }}
-{{- $_ := set $own "inference_tls_ca" (printf "/run/secrets/slipstream/tls/%s" $values.tls.caKey) }}
+{{- $peers := dict "chat" "inference" "inference" "adapters" "training" "adapters" }}
+{{- if and (hasKey $peers .name) $values.tls.existingSecret }}
+{{- $_ := set $own (printf "%s_tls_ca" (get $peers .name)) (printf "/run/secrets/slipstream/tls/%s" $values.tls.caKey) }}
 {{- end }}
 {{- if and (eq .name "adapters") $values.adapters.artifacts.url }}
 {{- $_ := set $own "artifacts_url" $values.adapters.artifacts.url }}
@@ -37,7 +38,7 @@
 {{- range $peer := index (dict
       "inference" (list "adapters")
       "chat" (list "inference")
-      "training" (list "adapters" "inference")
+      "training" (list "adapters")
       "adapters" (list)) .name }}
 {{- if (index $values $peer).enabled }}
 {{- $_ := set $own (printf "%s_address" $peer) (include "slipstream.address" (dict "root" $.root "name" $peer)) }}

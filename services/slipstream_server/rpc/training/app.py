@@ -170,6 +170,6 @@ def _served(settings: Settings) -> dict[str, str]:
 def _adapters(settings: Settings) -> Peer:
     return Peer(
         address=settings.training.adapters_address or settings.address_of("adapters"),
-        tls_ca=settings.common.tls_cert,
-        token_file=settings.common.token_file,
+        tls_ca=settings.training.adapters_tls_ca or settings.common.tls_cert,
+        token_file=settings.training.adapters_token_file or settings.common.token_file,
     )
