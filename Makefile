@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow test-clients test-deploy demo bench-serving proto clean
+.PHONY: help setup test lint format types imports unit slow faults test-clients test-deploy demo bench-serving bench-adapters proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ unit: $(STAMP) ## pytest
 slow: $(STAMP) ## the tests that take minutes
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(PYTEST_ARGS)
 
+faults: $(STAMP) ## killed processes, full disks, crowds, slow readers: what must survive
+	$(BIN)/python -m pytest -m 'slow and not gpu' tests/faults $(PYTEST_ARGS)
+
 test-clients: $(STAMP) ## the clients in other languages, against live services (needs Node)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)
 
@@ -67,6 +70,9 @@ demo: $(STAMP) ## start everything on this machine with a small real model, and 
 
 bench-serving: $(STAMP) ## batching against one at a time, and the hop, as JSON lines
 	$(BIN)/python -m tests.bench.serving
+
+bench-adapters: $(STAMP) ## what adapters in the batch cost, as JSON lines
+	$(BIN)/python -m tests.bench.adapters
 
 proto: $(STAMP) ## write the stubs anew from the .proto files
 	$(BIN)/python protos/generate.py

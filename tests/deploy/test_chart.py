@@ -134,7 +134,12 @@ def test_the_service_accepts_its_settings_and_they_fit_its_pod(example: str, tmp
         assert ports(manifests(example, "Service")[service]["spec"], "port") == expected
         assert pod(deployment)["terminationGracePeriodSeconds"] >= math.ceil(found.common.drain_grace_s) + 5
         mounts = {mount["mountPath"] for mount in container(deployment)["volumeMounts"]}
-        files = (listen.tls_cert, listen.tls_key, listen.token_file, found.chat.inference_tls_ca)
+        own = {
+            "chat": found.chat.inference_tls_ca,
+            "inference": found.inference.adapters_tls_ca,
+            "training": found.training.adapters_tls_ca,
+        }
+        files = (listen.tls_cert, listen.tls_key, listen.token_file, own.get(service))
         assert {str(file.parent) for file in files if file is not None} <= mounts
         assert str(found.common.data_dir) in mounts
         assert {volume["name"] for volume in pod(deployment)["volumes"]} == {
@@ -152,7 +157,7 @@ def test_addresses_are_those_of_the_other_services(tmp_path: Path) -> None:
     )
     assert settings("protected", "inference", tmp_path).inference.adapters_address == address("adapters")
     training = settings("protected", "training", tmp_path).training
-    assert (training.adapters_address, training.inference_address) == (address("adapters"), address("inference"))
+    assert training.adapters_address == address("adapters")
     elsewhere = settings("chat-only", "chat", tmp_path).chat.inference_address
     assert elsewhere == "inference.example.com:50051"
 

@@ -94,7 +94,6 @@ def test_services_find_each_other_by_name() -> None:
     assert settings("chat").chat.inference_address == address("inference")
     assert settings("inference").inference.adapters_address == address("adapters")
     assert settings("training").training.adapters_address == address("adapters")
-    assert settings("training").training.inference_address == address("inference")
 
 
 def test_every_volume_is_declared_and_used() -> None:
