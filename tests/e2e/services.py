@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
@@ -104,13 +105,29 @@ async def _running(process: asyncio.subprocess.Process, name: str, log: Path) ->
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
     await process.wait()
+
+
+def free_base_port() -> int:
+    """A base port for inference and chat, with their ports for metrics and health. Somebody may yet take one."""
+    for _ in range(100):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            base = int(probe.getsockname()[1])
+        if base < 60_000 and all(_is_free(base + place + offset) for place in (0, 1) for offset in (0, 1000, 2000)):
+            return base
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
 def environment() -> dict[str, str]:

@@ -27,6 +27,7 @@ from e2e.services import (
     service,
 )
 from e2e.stranger import Refusal, refusal_of
+from slipstream.type.v1 import usage_pb2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -159,6 +160,8 @@ async def test_a_killed_chat_frees_its_rows_and_forgets_nothing(
             turns = await stored(stub, parent)
             assert [state for _, state, _ in turns] == [complete, complete, complete, incomplete]
             assert turns[1][2] == first.reply.message.content
+            last = await stub.GetMessage(chat_pb2.GetMessageRequest(name=f"{parent}/messages/4"))
+            assert last.finish_reason == usage_pb2.FINISH_REASON_INCOMPLETE
             again = await stub.SendMessage(message_request(parent, "one", 4, request_id="one"))
             assert again == first
             # The one that was cut is answered anew, in its place.

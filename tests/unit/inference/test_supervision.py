@@ -83,6 +83,7 @@ async def test_a_poisoned_request_ends_after_two_deaths_and_takes_nobody_along(
         results = await asyncio.gather(*map(collect, [*innocents, poison]), return_exceptions=True)
         assert isinstance(results[-1], WorkerDied)
         assert "2 workers" in results[-1].message
+        assert results[-1].retry_after_s is None  # nobody is asked to send it a third time
         for result in results[:-1]:  # started ones may end with their worker, none may vanish or fail otherwise
             assert isinstance(result, WorkerDied) or not isinstance(result, BaseException)
         await assert_eventually(lambda: fake.state == "ready")
