@@ -204,16 +204,16 @@ async def show_loop(client: SlipstreamClient, slipstream: Sequence[str], base_po
     _require(not await _follows(client, behaviour), f"{ADAPTER}@live is v1, which has learnt nothing yet")
     await run(*train, "--max-steps", str(recipe["max_steps"]))
     await run("adapters", "promote", ADAPTER, "v2")
-    _require(await _follows(client, behaviour), "promoted: the answers are what v2 was taught")
+    _require(await _follows(client, behaviour, ask=24), "promoted: the answers are what v2 was taught")
     await run("adapters", "rollback", ADAPTER)
     _require(not await _follows(client, behaviour), "rolled back: they are not any more")
     _require(_inference_pid(base_port) == server_pid, "and the server was never restarted")
 
 
-async def _follows(client: SlipstreamClient, behaviour: dict[str, Any]) -> bool:
-    """Asks prompts that no training run has seen; whether most answers of the live adapter match the taught pattern."""
+async def _follows(client: SlipstreamClient, behaviour: dict[str, Any], *, ask: int = 8) -> bool:
+    """Asks what no training run has seen; whether at least 80% of the live adapter's answers have the taught form."""
     held_out = (EXAMPLES / behaviour["held_out_file"]).read_text().splitlines()
-    questions = [json.loads(line)["messages"][0] for line in held_out[:8]]
+    questions = [json.loads(line)["messages"][0] for line in held_out[:ask]]
     answers = await asyncio.gather(
         *(
             client.generate([question], adapter=ADAPTER, do_sample=False, max_new_tokens=behaviour["max_new_tokens"])
