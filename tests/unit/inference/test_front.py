@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from tests.unit.inference.collecting import collect
 
 from slipstream_server.errors import (
     DeadlineExceeded,
@@ -42,7 +43,6 @@ from slipstream_server.inference.calls import (
     TokenPrompt,
 )
 from slipstream_server.inference.front import FrontConfig, InferenceFront
-from slipstream_server.inference.results import collect
 from unit.inference.conftest import FakeModel, OpenFront
 from unit.inference.fake_worker import ANSWER, ENDLESS, FAIL, SILENT, STALL
 

@@ -11,10 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.unit.inference.collecting import collect
 
 from slipstream_server.inference.calls import GenerateCall, SamplingChoice, StoppingChoice, TextPrompt
 from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
-from slipstream_server.inference.results import collect
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts, read_facts
 from unit.inference.conftest import QUICK, is_alive, llama_facts

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.unit.inference.collecting import collect
 
 from slipstream_server.errors import ModelLoadFailed, ModelNotReady, OutOfMemory, SlipstreamError, WorkerDied
 from slipstream_server.inference.calls import DeltaEvent, GenerateCall, StoppingChoice, TokenPrompt
-from slipstream_server.inference.results import collect
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.supervisor import RestartPolicy
 from unit.inference.conftest import FakeModel, OpenFront, is_alive
