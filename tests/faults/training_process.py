@@ -32,6 +32,9 @@ class FileRegistry:
     def __init__(self, control: Path) -> None:
         self._control = control
 
+    async def base_of(self, adapter: str) -> str:
+        return ""
+
     async def upload(self, upload: AdapterUpload) -> PublishedVersion:
         folder = self._control / "versions"
         folder.mkdir(exist_ok=True)

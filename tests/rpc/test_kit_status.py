@@ -39,7 +39,7 @@ EXPECTED = {
     "StaleEtag": ("ABORTED", False),
     "StaleGeneration": ("ABORTED", False),
     "QueueFull": ("RESOURCE_EXHAUSTED", True),
-    "QuotaExceeded": ("RESOURCE_EXHAUSTED", True),
+    "QuotaExceeded": ("RESOURCE_EXHAUSTED", False),
     "MessageTooLarge": ("RESOURCE_EXHAUSTED", False),
     "StorageFull": ("RESOURCE_EXHAUSTED", True),
     "Draining": ("UNAVAILABLE", True),

@@ -189,6 +189,41 @@ async def test_an_unknown_target_module_is_refused_with_those_there_are(service:
     assert "gate_proj" in message
 
 
+async def test_an_unknown_module_to_save_is_refused_at_once(service: TrainingClient) -> None:
+    spec = job_spec()
+    # A part, a layer as a whole, and an output layer that is tied and so not in the file.
+    spec.lora.modules_to_save[:] = ["mlp", "layers.0", "lm_head", "w_proj"]
+    call = service.jobs.CreateTrainingJob(pb2.CreateTrainingJobRequest(spec=spec))
+    code, reason, message, _ = await failure(call)
+    assert ((code.name, reason), message.partition(":")[0]) == (INVALID, "spec.lora.modules_to_save[3]")
+
+
+async def test_an_alias_generation_below_zero_is_refused(service: TrainingClient) -> None:
+    spec = job_spec(publish="support", alias="live")
+    spec.publish.expected_alias_generation = -1
+    call = service.jobs.CreateTrainingJob(pb2.CreateTrainingJobRequest(spec=spec))
+    code, reason, message, _ = await failure(call)
+    assert (code.name, reason) == INVALID
+    assert message.partition(":")[0] == "spec.publish.expected_alias_generation"
+
+
+async def test_an_adapter_of_another_base_is_refused_before_anything_is_trained(
+    service: TrainingClient, bench: Bench
+) -> None:
+    bench.registry.bases = {"support": "models/other", "fitting": "models/tiny"}
+    call = service.create("job", publish="support")
+    assert await refused(call) == ("FAILED_PRECONDITION", "INCOMPATIBLE_ADAPTER")
+    assert (await service.create("fits", publish="fitting", validate_only=True)).spec.publish.adapter
+    # A registry that cannot be asked keeps nobody from training.
+    bench.registry.is_away = True
+    assert (await service.create("job", publish="support")).name == "trainingJobs/job"
+
+
+async def test_a_base_model_outside_the_allowed_folders_is_named_by_its_field(service: TrainingClient) -> None:
+    _, _, message, _ = await failure(service.create(base_model="/etc/passwd"))
+    assert message.partition(":")[0] == "spec.base_model"
+
+
 async def test_a_template_that_hides_answers_fails_the_job_naming_row_and_field(
     service: TrainingClient, bench: Bench
 ) -> None:

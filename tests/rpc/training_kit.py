@@ -26,7 +26,7 @@ from slipstream.training.v1 import training_service_pb2 as pb2
 from slipstream.training.v1 import training_service_pb2_grpc as training_grpc
 from slipstream.type.v1 import artifact_pb2
 from slipstream_server.config import ListenConfig
-from slipstream_server.errors import SlipstreamError
+from slipstream_server.errors import DependencyUnavailable, SlipstreamError
 from slipstream_server.rpc.server import RpcServer
 from slipstream_server.rpc.service_runner import run_service
 from slipstream_server.rpc.training.app import Workshop, build, opened_store
@@ -88,10 +88,17 @@ class FakeRegistry:
         self.uploads: list[AdapterUpload] = []
         self.versions: dict[str, PublishedVersion] = {}
         self.aliases: list[tuple[str, str]] = []
+        self.bases: dict[str, str] = {}
+        self.is_away = False
         self.failures: list[SlipstreamError] = []
         self.refusal: SlipstreamError | None = None
         self.gate = asyncio.Event()
         self.gate.set()
+
+    async def base_of(self, adapter: str) -> str:
+        if self.is_away:
+            raise DependencyUnavailable("the registry does not answer")
+        return self.bases.get(adapter, "")
 
     async def upload(self, upload: AdapterUpload) -> PublishedVersion:
         self.uploads.append(upload)

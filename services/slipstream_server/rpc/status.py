@@ -46,6 +46,8 @@ STATUS_CODES: Mapping[type[errors.SlipstreamError], grpc.StatusCode] = {
 RETRY_AFTER_S: Mapping[type[errors.SlipstreamError], float | None] = {
     errors.ResourceExhausted: 1.0,
     errors.MessageTooLarge: None,
+    # A size over its limit stays over it.
+    errors.QuotaExceeded: None,
     errors.SlowReader: None,
     errors.StorageFull: 30.0,
     errors.Unavailable: 1.0,

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slipstream_server.errors import InvalidField, ModelNotFound, UnsupportedField
+from slipstream_server.errors import InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
 from slipstream_server.models.catalogue import builtin_catalogue
 from slipstream_server.models.facts import Family, ModelFacts, read_facts
 from slipstream_server.models.folder import fingerprint
@@ -63,6 +63,8 @@ class BaseModels:
             prepared = resolve(source, options=options)
         except InvalidField as error:
             raise InvalidField.of(field, error.violations[0].description) from error
+        except (PermissionDenied, ModelNotFound) as error:
+            raise type(error)(f"{field}: {error.message.removeprefix('source: ')}") from error
         if prepared.adapter_folder is not None:
             raise UnsupportedField.of(field, "is an adapter, not a model; training goes on from base models only")
         facts = read_facts(prepared.folder)

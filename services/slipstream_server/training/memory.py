@@ -6,7 +6,7 @@ decoder layer for the backward pass, and float32 logits three times over). Block
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,8 @@ _ADAM_BYTES = 8
 # What Python, torch and its libraries take before the first tensor, measured on a CPU and on CUDA.
 _OVERHEAD_BYTES = 700 * 1024**2
 _NOT_ADAPTED = ("embed", "wte", "wpe", "lm_head", "norm", "ln_")
+# An output layer that is tied to the embeddings is not stored.
+_TIED_OUTPUTS = {"lm_head", "embed_out"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ def estimate_training(
 ) -> TrainingMemory:
     """The memory of ``spec`` on each of its devices, for rows of up to ``longest_tokens``.
 
-    Raises InvalidField for target modules that the model has not.
+    Raises InvalidField for modules that the model has not.
     """
     trainable = _trainable(folder, spec)
     element_bytes = 2 if _is_bfloat16(spec, device) else _FLOAT32_BYTES
@@ -79,6 +81,7 @@ def _activations(facts: ModelFacts, spec: JobSpec, element_bytes: int, longest_t
 def _trainable(folder: Path, spec: JobSpec) -> int:
     """Elements of the two factors of every adapted matrix, and of what is trained whole."""
     shapes = dict(_matrices(folder))
+    _require_saved(spec.lora.modules_to_save, folder)
     wanted = spec.lora.target_modules or (ALL_LINEAR,)
     if wanted == (ALL_LINEAR,):
         chosen = {path for path in shapes if not any(part in path for part in _NOT_ADAPTED)}
@@ -104,6 +107,18 @@ def _require_all(wanted: Iterable[str], shapes: Iterable[str]) -> None:
             known = sorted({path.rpartition(".")[2] for path in paths if "embed" not in path})
             text = f"the model has no module {name!r}; it has {', '.join(known)[:500]}"
             raise InvalidField.of(f"spec.lora.target_modules[{index}]", text)
+
+
+def _require_saved(wanted: Sequence[str], folder: Path) -> None:
+    if not wanted:
+        return
+    names = check_model_folder(folder).weight_files
+    tensors = [key for name in names for key in read_header(folder / name)]
+    # Of whatever kind, also what holds other modules.
+    paths = {".".join(parts[:end]) for parts in (key.split(".") for key in tensors) for end in range(1, len(parts))}
+    for index, name in enumerate(wanted):
+        if not any(_ends_with_one(path, [name]) for path in paths | _TIED_OUTPUTS):
+            raise InvalidField.of(f"spec.lora.modules_to_save[{index}]", f"the model has no module {name!r}")
 
 
 def _ends_with_one(path: str, names: Iterable[str]) -> bool:

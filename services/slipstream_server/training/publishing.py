@@ -63,6 +63,9 @@ class PublishedVersion:
 class Registry(Protocol):
     """The adapter service, as far as jobs need it."""
 
+    async def base_of(self, adapter: str) -> str:
+        """The base model that the adapter's versions are for; empty where there is none yet."""
+
     async def upload(self, upload: AdapterUpload) -> PublishedVersion:
         """Register the adapter, or find what an earlier call with the same request id registered."""
 

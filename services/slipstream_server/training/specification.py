@@ -150,6 +150,9 @@ def _violations(spec: JobSpec) -> Iterator[FieldViolation]:
     yield from _range("spec.retry_policy.initial_backoff", policy.initial_backoff_s, 0, 3600)
     if policy.max_attempt_s is not None:
         yield from _range("spec.retry_policy.max_attempt_duration", policy.max_attempt_s, 60, math.inf)
+    generation = spec.publication.expected_alias_generation if spec.publication else None
+    if generation is not None and generation < 0:
+        yield FieldViolation("spec.publish.expected_alias_generation", f"{generation} is below 0")
     yield from _range("spec.priority", spec.priority, -MAX_PRIORITY, MAX_PRIORITY)
     yield from _range("spec.resources.device_count", spec.num_processes, 1, 64)
     yield from _range("spec.resources.memory_bytes", spec.memory_bytes, 0, 2**53)

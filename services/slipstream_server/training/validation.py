@@ -17,6 +17,7 @@ import msgspec
 
 from slipstream_server.errors import (
     DependencyUnavailable,
+    IncompatibleAdapter,
     InternalError,
     InvalidDataset,
     InvalidField,
@@ -33,6 +34,7 @@ from slipstream_server.training.job_data import EVALUATION_FILE, TRAIN_FILE, Job
 from slipstream_server.training.job_folder import JobFolder, write_atomically
 from slipstream_server.training.journal import Journal
 from slipstream_server.training.memory import TrainingMemory, estimate_training
+from slipstream_server.training.publishing import Registry
 from slipstream_server.training.recipe import TrainingRecipe, encode_recipe
 from slipstream_server.training.resources import Dataset, Problem, as_json, job_of
 from slipstream_server.training.specification import DEFAULT_MAX_LENGTH, JobPlan, JobSpec, check_spec
@@ -60,9 +62,12 @@ class Checked:
 class Validation:
     """Checks jobs; ``capacity_bytes`` is the memory of each device of this machine."""
 
-    def __init__(self, models: BaseModels, datasets: Datasets, capacity_bytes: Mapping[str, int]) -> None:
+    def __init__(
+        self, models: BaseModels, datasets: Datasets, registry: Registry, capacity_bytes: Mapping[str, int]
+    ) -> None:
         self._models = models
         self._datasets = datasets
+        self._registry = registry
         self._capacity_bytes = capacity_bytes
 
     async def quickly(self, owner: str, spec: JobSpec) -> JobSpec:
@@ -76,9 +81,27 @@ class Validation:
         check_dataset_usable(dataset, spec)
         try:
             async with asyncio.timeout(QUICK_S):
-                return (await self.with_model(spec)).spec
+                checked = await self.with_model(spec)
+                await self._check_adapter(spec, checked.base)
+                return checked.spec
         except (TimeoutError, DependencyUnavailable):
             return spec
+
+    async def _check_adapter(self, spec: JobSpec, base: BaseModel) -> None:
+        """Raises IncompatibleAdapter for a result that the registry would refuse in the end."""
+        if spec.publication is None:
+            return
+        adapter = spec.publication.adapter
+        try:
+            taken_for = await self._registry.base_of(adapter)
+        except SlipstreamError as error:
+            # It is asked again when there is something to publish.
+            log.warning("the base of adapter %s is not known: %s", adapter, error.message)
+            return
+        if taken_for not in ("", base.name):
+            raise IncompatibleAdapter(
+                f"spec.publish.adapter: {adapter!r} is for the base {taken_for!a}; the job would train {base.name!a}"
+            )
 
     async def with_model(self, spec: JobSpec, *, must_fit: bool = True) -> Checked:
         """The specification checked against its model. Raises what resolving does, InvalidField, OutOfMemory."""

@@ -106,8 +106,9 @@ class TrainingServiceServicer:
         checked as STATE_VALIDATING.
 
         Errors: INVALID_ARGUMENT (INVALID_FIELD, UNSUPPORTED_FIELD), NOT_FOUND (DATASET_NOT_FOUND, MODEL_NOT_FOUND, ADAPTER_NOT_FOUND),
-        ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, WRONG_STATE for a dataset that is not
-        ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY where no device could ever hold it).
+        ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, INCOMPATIBLE_ADAPTER where
+        publish.adapter is for another base, WRONG_STATE for a dataset that is not ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY
+        where no device could ever hold it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,8 +42,9 @@ class TrainingServiceStub:
     checked as STATE_VALIDATING.
 
     Errors: INVALID_ARGUMENT (INVALID_FIELD, UNSUPPORTED_FIELD), NOT_FOUND (DATASET_NOT_FOUND, MODEL_NOT_FOUND, ADAPTER_NOT_FOUND),
-    ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, WRONG_STATE for a dataset that is not
-    ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY where no device could ever hold it).
+    ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, INCOMPATIBLE_ADAPTER where
+    publish.adapter is for another base, WRONG_STATE for a dataset that is not ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY
+    where no device could ever hold it).
     """
     GetTrainingJob: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.GetTrainingJobRequest, _training_service_pb2.TrainingJob]
     """Answers with one job.
@@ -110,8 +111,9 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     checked as STATE_VALIDATING.
 
     Errors: INVALID_ARGUMENT (INVALID_FIELD, UNSUPPORTED_FIELD), NOT_FOUND (DATASET_NOT_FOUND, MODEL_NOT_FOUND, ADAPTER_NOT_FOUND),
-    ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, WRONG_STATE for a dataset that is not
-    ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY where no device could ever hold it).
+    ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, INCOMPATIBLE_ADAPTER where
+    publish.adapter is for another base, WRONG_STATE for a dataset that is not ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY
+    where no device could ever hold it).
     """
     GetTrainingJob: _aio.UnaryUnaryMultiCallable[_training_service_pb2.GetTrainingJobRequest, _training_service_pb2.TrainingJob]  # type: ignore[assignment]
     """Answers with one job.
@@ -181,8 +183,9 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         checked as STATE_VALIDATING.
 
         Errors: INVALID_ARGUMENT (INVALID_FIELD, UNSUPPORTED_FIELD), NOT_FOUND (DATASET_NOT_FOUND, MODEL_NOT_FOUND, ADAPTER_NOT_FOUND),
-        ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, WRONG_STATE for a dataset that is not
-        ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY where no device could ever hold it).
+        ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (INVALID_DATASET, MISSING_DEPENDENCY, INCOMPATIBLE_ADAPTER where
+        publish.adapter is for another base, WRONG_STATE for a dataset that is not ready), RESOURCE_EXHAUSTED (QUEUE_FULL, OUT_OF_MEMORY
+        where no device could ever hold it).
         """
 
     @_abc_1.abstractmethod

@@ -95,7 +95,7 @@ def build(workshop: Workshop) -> Service:
     database, places = workshop.database, Places(jobs=workshop.folder / "jobs", cache=workshop.folder / "cache")
     journal, fence = Journal(encode_event), Fence(database)
     datasets = Datasets(database, workshop.store, places.cache)
-    validation = Validation(workshop.models, datasets, workshop.capacity_bytes)
+    validation = Validation(workshop.models, datasets, workshop.registry, workshop.capacity_bytes)
     around = Surroundings(
         fence=fence,
         journal=journal,

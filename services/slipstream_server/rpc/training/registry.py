@@ -12,6 +12,7 @@ import grpc
 from slipstream.adapters.v1 import adapter_service_pb2 as pb2
 from slipstream.adapters.v1 import adapter_service_pb2_grpc as adapter_grpc
 from slipstream.type.v1 import artifact_pb2
+from slipstream_server.errors import NotFound
 from slipstream_server.resource_names import DatasetName, TrainingJobName
 from slipstream_server.rpc.status import error_of_status
 from slipstream_server.rpc.training.convert import with_perplexity
@@ -22,6 +23,7 @@ from slipstream_server.training.specification import Publication
 _CHUNK_BYTES = 1024 * 1024
 _UPLOAD_TIMEOUT_S = 3600.0
 _TIMEOUT_S = 60.0
+_LOOK_UP_TIMEOUT_S = 2.0
 
 
 class AdapterRegistry:
@@ -29,6 +31,17 @@ class AdapterRegistry:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub: adapter_grpc.AdapterServiceAsyncStub = adapter_grpc.AdapterServiceStub(channel)
+
+    async def base_of(self, adapter: str) -> str:
+        """As ``Registry.base_of``."""
+        try:
+            request = pb2.GetAdapterRequest(name=f"adapters/{adapter}")
+            return (await self._stub.GetAdapter(request, timeout=_LOOK_UP_TIMEOUT_S)).base_model
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_of_status(rpc_error)
+        if isinstance(error, NotFound):
+            return ""
+        raise error
 
     async def upload(self, upload: AdapterUpload) -> PublishedVersion:
         """As ``Registry.upload``. Cancelling it cancels the call."""
