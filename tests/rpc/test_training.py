@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.rpc.training_kit import (
 from slipstream.training.v1 import training_service_pb2 as pb2
 from slipstream_server.errors import DependencyUnavailable, GateClosed, IncompatibleAdapter
 from slipstream_server.storage.device_ledger import DeviceLedger
+from slipstream_server.training.base_models import BaseModel, BaseModels
 
 WHOLE_WAY = ["VALIDATING", "QUEUED", "STARTING", "RUNNING", "EVALUATING", "SUCCEEDED"]
 
@@ -501,6 +503,22 @@ async def test_a_result_is_published_and_the_alias_moved(service: TrainingClient
     assert job.result.dataset_digest == f"sha256:{upload.plan.dataset_digest}"
     kinds = [event.WhichOneof("event") for event in events]
     assert kinds.index("result_published") < kinds.index("alias_outcome")
+
+
+@pytest.mark.parametrize(("registered", "expected"), [("models/tiny", "models/tiny"), ("", "org/tiny")])
+async def test_a_base_of_two_names_is_published_under_the_one_its_adapter_has(
+    service: TrainingClient, bench: Bench, monkeypatch: pytest.MonkeyPatch, registered: str, expected: str
+) -> None:
+    resolve = BaseModels.resolve
+
+    def from_a_hub(self: BaseModels, *args: Any, **kwargs: Any) -> BaseModel:
+        return dataclasses.replace(resolve(self, *args, **kwargs), name="org/tiny")
+
+    monkeypatch.setattr(BaseModels, "resolve", from_a_hub)
+    bench.registry.bases = {"support": registered}
+    await service.create("job", publish="support")
+    await service.until("job", State.STATE_SUCCEEDED)
+    assert [upload.plan.base_model_name for upload in bench.registry.uploads] == [expected]
 
 
 async def test_a_closed_gate_leaves_version_and_job_as_they_are(service: TrainingClient, bench: Bench) -> None:

@@ -28,11 +28,13 @@ _SERVED = "models/"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseModel:
     """A model in a folder of this machine. ``name`` is portable; ``revision`` is empty where its source has none.
+    ``served_as``: "models/{model}" where it was asked for by the name it is served under, which means the same.
 
     ``has_commits``: a later request may ask for that revision by its name.
     """
 
     name: str
+    served_as: str
     revision: str
     has_commits: bool
     digest: str
@@ -71,6 +73,7 @@ class BaseModels:
         is_fetched = prepared.source.startswith(("hub ", "pypi "))
         return BaseModel(
             name=name,
+            served_as=f"{_SERVED}{spec.removeprefix(_SERVED)}" if is_ours else "",
             revision=prepared.revision if is_fetched else "",
             has_commits=has_commits,
             digest=fingerprint(prepared.folder),

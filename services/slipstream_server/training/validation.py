@@ -7,6 +7,7 @@ and writes what the runner needs. Event loop; the work is done in threads.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
@@ -50,13 +51,16 @@ _PASSING = (StorageFull, DependencyUnavailable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """A specification with all defaults, and what it needs. ``data`` is None where the rows were not read."""
+    """A specification with all defaults, and what it needs. ``data`` is None where the rows were not read,
+    ``base_name`` empty where the registry was not asked by which of its names it knows the base.
+    """
 
     spec: JobSpec
     base: BaseModel
     memory: TrainingMemory
     device: str
     data: JobData | None = None
+    base_name: str = ""
 
 
 class Validation:
@@ -82,26 +86,30 @@ class Validation:
         try:
             async with asyncio.timeout(QUICK_S):
                 checked = await self.with_model(spec)
-                await self._check_adapter(spec, checked.base)
+                await self._base_name(spec, checked.base)
                 return checked.spec
         except (TimeoutError, DependencyUnavailable):
             return spec
 
-    async def _check_adapter(self, spec: JobSpec, base: BaseModel) -> None:
-        """Raises IncompatibleAdapter for a result that the registry would refuse in the end."""
+    async def _base_name(self, spec: JobSpec, base: BaseModel) -> str:
+        """The name of ``base`` under which the result is registered: that of the adapter's other versions.
+
+        Raises IncompatibleAdapter for a result that the registry would refuse in the end.
+        """
         if spec.publication is None:
-            return
+            return base.name
         adapter = spec.publication.adapter
         try:
             taken_for = await self._registry.base_of(adapter)
         except SlipstreamError as error:
             # It is asked again when there is something to publish.
             log.warning("the base of adapter %s is not known: %s", adapter, error.message)
-            return
-        if taken_for not in ("", base.name):
+            return base.name
+        if taken_for and taken_for not in (base.name, base.served_as):
             raise IncompatibleAdapter(
                 f"spec.publish.adapter: {adapter!r} is for the base {taken_for!a}; the job would train {base.name!a}"
             )
+        return taken_for or base.name
 
     async def with_model(self, spec: JobSpec, *, must_fit: bool = True) -> Checked:
         """The specification checked against its model. Raises what resolving does, InvalidField, OutOfMemory."""
@@ -129,7 +137,7 @@ class Validation:
         checked = await _with_memory(checked.spec, checked.base, checked.device, data, data.longest_tokens)
         if must_fit:
             self._check_fits(checked)
-        return checked
+        return dataclasses.replace(checked, base_name=await self._base_name(spec, checked.base))
 
     def _check_fits(self, checked: Checked) -> None:
         spec = checked.spec
@@ -231,7 +239,7 @@ def plan_for(checked: Checked, folder: JobFolder) -> JobPlan:
     data = checked.data
     assert data is not None
     return JobPlan(
-        base_model_name=checked.base.name,
+        base_model_name=checked.base_name or checked.base.name,
         base_model_revision=checked.base.revision,
         base_model_digest=checked.base.digest,
         dataset_digest=data.digest,
@@ -280,7 +288,10 @@ def _invalid(dataset: Dataset) -> InvalidDataset:
     assert dataset.report is not None
     count = sum(dataset.report.error_counts.values())
     first = dataset.report.errors[0]
-    place = f"{first.path}, line {first.line}" + (f", {first.field}" if first.field else "")
+    # A file without rows is wrong as a whole.
+    place = ", ".join(
+        [first.path, *([f"line {first.line}"] if first.line else []), *([first.field] if first.field else [])]
+    )
     metadata = {"line": str(first.line), "field": first.field, "path": first.path, "row_error": first.reason}
     return InvalidDataset(
         f"datasets/{dataset.id} has {count} row errors, the first in {place}: {first.message}", metadata=metadata
