@@ -99,6 +99,13 @@ def test_train_without_watching(server, cli):
     assert (server.fake.uploads, server.fake.watches) == ([], [])
 
 
+def test_a_file_that_is_wrong_as_a_whole_is_named_without_a_line(server, cli):
+    server.fake.dataset.row_errors.add(path="rows.jsonl", message="the file has no rows")
+    out = cli("datasets", "get", "desk")[1]
+    assert "rows.jsonl" in out
+    assert "rows.jsonl:" not in out
+
+
 def test_rows_that_cannot_be_trained_on_end_it_before_a_job(server, cli, rows):
     make_invalid(server.fake)
     code, out, err = cli("train", str(rows), "--base", "tiny", "--adapter", "desk")

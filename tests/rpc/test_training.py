@@ -226,6 +226,13 @@ async def test_a_base_model_outside_the_allowed_folders_is_named_by_its_field(se
     assert message.partition(":")[0] == "spec.base_model"
 
 
+async def test_a_job_on_a_file_without_rows_is_refused_naming_no_line(service: TrainingClient) -> None:
+    await service.upload_files("empty", {"train.jsonl": b""})
+    code, reason, message, _ = await failure(service.create(dataset="empty"))
+    assert (code.name, reason) == ("FAILED_PRECONDITION", "INVALID_DATASET")
+    assert "the first in train.jsonl: the file has no rows" in message
+
+
 async def test_a_template_that_hides_answers_fails_the_job_naming_row_and_field(
     service: TrainingClient, bench: Bench
 ) -> None:

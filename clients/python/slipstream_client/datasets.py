@@ -40,7 +40,9 @@ class DatasetSplit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowError:
-    """Something wrong with a row. ``line_number`` counts from 1; ``field`` empty: the row as a whole."""
+    """Something wrong with a row. ``line_number`` counts from 1, 0: the file as a whole; ``field`` empty: the row
+    as a whole.
+    """
 
     split: str
     path: str

@@ -88,8 +88,10 @@ def error_table(errors: Iterable[RowError]) -> Table:
     """One row for each error."""
     rows = terminal.table("line", "field", "what", "", right=("line",))
     for error in errors:
+        # No line: the file as a whole.
+        line = f":[bold]{error.line_number}[/]" if error.line_number else ""
         rows.add_row(
-            f"{escape(error.path)}:[bold]{error.line_number}[/]",
+            f"{escape(error.path)}{line}",
             escape(error.field),
             f"[yellow]{error.reason.replace('_', ' ')}[/]",
             escape(error.message),
