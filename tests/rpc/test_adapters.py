@@ -338,6 +338,14 @@ async def test_checking_a_move_changes_nothing(client: AdapterClient) -> None:
 # A model's default
 
 
+async def test_an_adapter_of_another_model_is_no_models_default(client: AdapterClient) -> None:
+    await client.upload("support", base_model="models/other")
+    request = pb2.SetActiveAdapterRequest(model="tiny", adapter="support@v1")
+    assert await refused(client.stub.SetActiveAdapter(request)) == ("FAILED_PRECONDITION", "INCOMPATIBLE_ADAPTER")
+    request.model = "models/other"
+    assert (await client.stub.SetActiveAdapter(request)).active_adapter.enabled
+
+
 async def test_a_models_default_is_set_disabled_and_enabled(client: AdapterClient) -> None:
     await client.upload("support")
     await client.set_alias("support@live", "v1")

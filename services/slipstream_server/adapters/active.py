@@ -12,8 +12,10 @@ from slipstream_server.adapters.journal import Entry, Journal
 from slipstream_server.adapters.references import Reference, resolve
 from slipstream_server.adapters.resources import active_of
 from slipstream_server.adapters.tables import SERVABLE, ActiveRow
-from slipstream_server.errors import InvalidField, StaleGeneration, WrongState
+from slipstream_server.errors import IncompatibleAdapter, InvalidField, StaleGeneration, WrongState
 from slipstream_server.storage.database import Database
+
+_SERVED = "models/"
 
 
 class ActiveAdapters:
@@ -28,7 +30,8 @@ class ActiveAdapters:
     ) -> Entry:
         """Make ``adapter`` the model's default and enable it; ``reference`` is what it says, None for no adapter.
 
-        Raises AdapterNotFound, AdapterVersionNotFound, AliasNotFound, AliasMissing, StaleGeneration, WrongState.
+        Raises AdapterNotFound, AdapterVersionNotFound, AliasNotFound, AliasMissing, StaleGeneration, WrongState,
+        IncompatibleAdapter.
         """
         if expected_generation is not None and expected_generation < 0:
             raise InvalidField.of("expected_generation", f"{expected_generation} is below 0")
@@ -41,7 +44,7 @@ class ActiveAdapters:
                     metadata={"generation": str(row.generation)},
                 )
             if reference is not None:
-                await _check_servable(session, reference)
+                await _check_servable(session, reference, model)
             row.adapter = adapter
             row.adapter_id = reference.adapter if reference else ""
             row.number = reference.number if reference else None
@@ -80,7 +83,13 @@ async def _row(session: AsyncSession, owner: str, model: str) -> ActiveRow:
     )
 
 
-async def _check_servable(session: AsyncSession, reference: Reference) -> None:
+async def _check_servable(session: AsyncSession, reference: Reference, model: str) -> None:
     version = await resolve(session, reference)
     if version.state not in SERVABLE:
         raise WrongState(f"{version.adapter}@v{version.number} is {version.state}", metadata={"state": version.state})
+    # A base by its source may be what the model serves; another model's name never is.
+    if version.base_model.startswith(_SERVED) and version.base_model != f"{_SERVED}{model}":
+        raise IncompatibleAdapter(
+            f"{version.adapter}@v{version.number} is for the base {version.base_model[:120]!a}, and model {model!a} is"
+            " another"
+        )

@@ -332,8 +332,8 @@ class AdapterServiceServicer:
     def SetActiveAdapter(self, request, context):
         """Sets the adapter that a model applies where a request names none, and enables it.
 
-        Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING), ABORTED
-        (STALE_GENERATION).
+        Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING,
+        INCOMPATIBLE_ADAPTER where it is for another model's name), ABORTED (STALE_GENERATION).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -140,8 +140,8 @@ class AdapterServiceStub:
     SetActiveAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.SetActiveAdapterRequest, _adapter_service_pb2.SetActiveAdapterResponse]
     """Sets the adapter that a model applies where a request names none, and enables it.
 
-    Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING), ABORTED
-    (STALE_GENERATION).
+    Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING,
+    INCOMPATIBLE_ADAPTER where it is for another model's name), ABORTED (STALE_GENERATION).
     """
     DisableAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DisableAdaptersRequest, _adapter_service_pb2.DisableAdaptersResponse]
     """Lets a model answer with its base weights where a request names no adapter. Which one is active is remembered.
@@ -271,8 +271,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     SetActiveAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.SetActiveAdapterRequest, _adapter_service_pb2.SetActiveAdapterResponse]  # type: ignore[assignment]
     """Sets the adapter that a model applies where a request names none, and enables it.
 
-    Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING), ABORTED
-    (STALE_GENERATION).
+    Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING,
+    INCOMPATIBLE_ADAPTER where it is for another model's name), ABORTED (STALE_GENERATION).
     """
     DisableAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DisableAdaptersRequest, _adapter_service_pb2.DisableAdaptersResponse]  # type: ignore[assignment]
     """Lets a model answer with its base weights where a request names no adapter. Which one is active is remembered.
@@ -513,8 +513,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_adapter_service_pb2.SetActiveAdapterResponse, _abc.Awaitable[_adapter_service_pb2.SetActiveAdapterResponse]]:
         """Sets the adapter that a model applies where a request names none, and enables it.
 
-        Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING), ABORTED
-        (STALE_GENERATION).
+        Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), FAILED_PRECONDITION (ALIAS_MISSING,
+        INCOMPATIBLE_ADAPTER where it is for another model's name), ABORTED (STALE_GENERATION).
         """
 
     @_abc_1.abstractmethod
