@@ -170,6 +170,23 @@ async def test_a_move_waits_for_every_resolver(client: AdapterClient) -> None:
         assert not (await move).unconfirmed_replicas
 
 
+@pytest.mark.parametrize("what", ["alias", "adapter"])
+async def test_a_deletion_waits_for_every_resolver(client: AdapterClient, what: str) -> None:
+    await client.upload("support")
+    await client.set_alias("support@live", "v1")
+    async with Resolver(client, "front-a").running() as a:
+        a.acknowledging.clear()
+        if what == "alias":
+            call = client.stub.DeleteAdapterAlias(pb2.DeleteAdapterAliasRequest(name="support@live"))
+        else:
+            call = client.stub.DeleteAdapter(pb2.DeleteAdapterRequest(name="support", force=True))
+        deletion = asyncio.ensure_future(call)
+        await asyncio.wait({deletion}, timeout=0.3)
+        assert not deletion.done()
+        a.acknowledging.set()
+        await asyncio.wait_for(deletion, 3)
+
+
 async def test_a_resolver_that_does_not_acknowledge_is_named(tmp_path: Path) -> None:
     async with adapter_service(tmp_path, acknowledge_timeout_s=0.4) as client:
         await client.upload("support")

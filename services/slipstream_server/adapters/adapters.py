@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from slipstream_server.adapters.journal import AdapterDeleted, Journal
+from slipstream_server.adapters.journal import AdapterDeleted, Entry, Journal
 from slipstream_server.adapters.resources import Adapter, active_of, adapter_of, adapters_of
 from slipstream_server.adapters.tables import (
     REQUESTS,
@@ -122,7 +122,7 @@ class Adapters:
             await self._journal.write(session, adapter)
             return adapter
 
-    async def delete(self, adapter_id: str, etag: str, *, force: bool) -> None:
+    async def delete(self, adapter_id: str, etag: str, *, force: bool) -> Entry:
         """Delete the adapter, with ``force`` its versions and aliases too; models lose it as their default.
 
         Raises AdapterNotFound, StaleEtag, WrongState.
@@ -137,7 +137,7 @@ class Adapters:
                 )
             await self._deactivate(session, adapter_id)
             await _leave_tombstones(session, row)
-            await self._journal.write(session, AdapterDeleted(str(AdapterName(adapter_id))))
+            return await self._journal.write(session, AdapterDeleted(str(AdapterName(adapter_id))))
 
     async def _deactivate(self, session: AsyncSession, adapter_id: str) -> None:
         for active in (await session.scalars(select(ActiveRow).where(ActiveRow.adapter_id == adapter_id))).all():

@@ -226,7 +226,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish.
+        """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish. Waits
+        as SetAdapterAlias does.
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it has versions and `force` is off), ABORTED (STALE_ETAG).
         """
@@ -301,7 +302,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapterAlias(self, request, context):
-        """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on.
+        """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on. Waits as
+        SetAdapterAlias does.
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND), ABORTED (STALE_GENERATION).
         """

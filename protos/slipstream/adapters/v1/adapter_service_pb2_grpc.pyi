@@ -78,7 +78,8 @@ class AdapterServiceStub:
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND), INVALID_ARGUMENT for a mask that names anything else, ABORTED (STALE_ETAG).
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _empty_pb2.Empty]
-    """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish.
+    """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish. Waits
+    as SetAdapterAlias does.
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it has versions and `force` is off), ABORTED (STALE_ETAG).
     """
@@ -121,7 +122,8 @@ class AdapterServiceStub:
     earlier version, or it was retired).
     """
     DeleteAdapterAlias: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterAliasRequest, _empty_pb2.Empty]
-    """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on.
+    """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on. Waits as
+    SetAdapterAlias does.
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND), ABORTED (STALE_GENERATION).
     """
@@ -209,7 +211,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND), INVALID_ARGUMENT for a mask that names anything else, ABORTED (STALE_ETAG).
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish.
+    """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish. Waits
+    as SetAdapterAlias does.
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it has versions and `force` is off), ABORTED (STALE_ETAG).
     """
@@ -252,7 +255,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     earlier version, or it was retired).
     """
     DeleteAdapterAlias: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.DeleteAdapterAliasRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on.
+    """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on. Waits as
+    SetAdapterAlias does.
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND), ABORTED (STALE_GENERATION).
     """
@@ -385,7 +389,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish.
+        """Deletes an adapter, with `force` its versions and aliases too. Requests that run with one of them finish. Waits
+        as SetAdapterAlias does.
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it has versions and `force` is off), ABORTED (STALE_ETAG).
         """
@@ -476,7 +481,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.DeleteAdapterAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on.
+        """Deletes an alias; requests that name it fail with NOT_FOUND (ALIAS_NOT_FOUND) from then on. Waits as
+        SetAdapterAlias does.
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ALIAS_NOT_FOUND), ABORTED (STALE_GENERATION).
         """

@@ -87,7 +87,7 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
 
     async def DeleteAdapter(self, request: pb2.DeleteAdapterRequest, context: Context) -> Empty:
         adapter_id = requests.adapter_id(request.name, "name")
-        await self._registry.adapters.delete(adapter_id, request.etag, force=request.force)
+        await self._unconfirmed(await self._registry.adapters.delete(adapter_id, request.etag, force=request.force))
         return Empty()
 
     # Versions
@@ -173,7 +173,7 @@ class AdapterServicer(adapter_grpc.AdapterServiceServicer):
 
     async def DeleteAdapterAlias(self, request: pb2.DeleteAdapterAliasRequest, context: Context) -> Empty:
         name = parse_alias(request.name, "name")
-        await self._registry.aliases.delete(name, requests.move_of(request))
+        await self._unconfirmed(await self._registry.aliases.delete(name, requests.move_of(request)))
         return Empty()
 
     # Watching
