@@ -14,6 +14,8 @@ from typing import Literal
 
 import msgspec
 
+from slipstream_server.tasks.items import TaskRequest, TaskResult
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 """Longer frames are refused by both sides: the peer is broken."""
 
@@ -88,6 +90,12 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     request: GenerationRequest
 
 
+class SubmitTask(msgspec.Struct, frozen=True, tag="submit_task"):
+    """Front to worker: run this task; for workers whose engine is "tasks"."""
+
+    request: TaskRequest
+
+
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
     """Front to worker: the request is not wanted any more. No event follows; unknown ids are ignored."""
 
@@ -105,7 +113,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Front to worker: finish nothing more, exit 0."""
 
 
-Command = Submit | Cancel | EndSequence | Shutdown
+Command = Submit | SubmitTask | Cancel | EndSequence | Shutdown
 
 
 class TopLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -165,8 +173,17 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     finish_reason: FinishReason | None = None
 
 
+class TaskResults(msgspec.Struct, frozen=True, tag="task_results"):
+    """Results of some inputs of a task request, each with its input's index; Finished follows the last."""
+
+    id: int
+    indices: list[int]
+    results: list[TaskResult]
+    num_tokens: int = 0
+
+
 class Finished(msgspec.Struct, frozen=True, tag="finished"):
-    """Every sequence of the request has ended. Terminal."""
+    """Every sequence of the request has ended, or every input has its result. Terminal."""
 
     id: int
 
@@ -180,7 +197,11 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):
-    """What the engine is doing, sent when it changes, at most every 250 ms. Totals count from the worker's start."""
+    """What the engine is doing, sent when it changes, at most every 250 ms. Totals count from the worker's start.
+
+    ``prefix_queries_total`` and ``prefix_hits_total`` count prompt tokens, looked up and found. ``kv_capacity_tokens``
+    0: the engine has no fixed capacity.
+    """
 
     num_running: int
     num_waiting: int
@@ -189,9 +210,15 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     prompt_tokens_total: int
     generation_tokens_total: int
     batch_rows_total: int
+    kv_capacity_tokens: int = 0
+    prefix_queries_total: int = 0
+    prefix_hits_total: int = 0
+    preemptions_total: int = 0
+    draft_tokens_total: int = 0
+    accepted_draft_tokens_total: int = 0
 
 
-Event = Loading | Ready | LoadFailed | Admitted | PromptLogprobs | Tokens | Finished | Failed | Stats
+Event = Loading | Ready | LoadFailed | Admitted | PromptLogprobs | Tokens | TaskResults | Finished | Failed | Stats
 
 
 def frame(payload: bytes) -> bytes:
