@@ -1,0 +1,1 @@
+"""What the benchmarks measure against, each in a virtual environment of its own below ``.peers``."""
