@@ -310,6 +310,7 @@ class ModelLoadOptions(_message.Message):
     TENSOR_PARALLEL_COUNT_FIELD_NUMBER: _builtins.int
     PREFIX_CACHING_FIELD_NUMBER: _builtins.int
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
+    DOUBLE_QUANTIZATION_FIELD_NUMBER: _builtins.int
     data_type: _precision_pb2.DataType.ValueType
     """Type of the weights in memory."""
     quantization: _precision_pb2.Quantization.ValueType
@@ -340,6 +341,8 @@ class ModelLoadOptions(_message.Message):
     """Keep prefixes of prompts in the KV cache for later requests. Default true."""
     batch_invariant: _builtins.bool
     """Whether results are the same in the last bit whatever shares the batch; slower. Default false."""
+    double_quantization: _builtins.bool
+    """Compress the scales of 4-bit weights as well (as QLoRA does): about 0.4 bits a weight less. Only with NF4 and FP4. Default false."""
     def __init__(
         self,
         *,
@@ -356,10 +359,11 @@ class ModelLoadOptions(_message.Message):
         tensor_parallel_count: _builtins.int | None = ...,
         prefix_caching: _builtins.bool | None = ...,
         batch_invariant: _builtins.bool = ...,
+        double_quantization: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_slot_count", b"_adapter_slot_count", "_context_tokens", b"_context_tokens", "_max_adapter_rank", b"_max_adapter_rank", "_max_running_sequences", b"_max_running_sequences", "_memory_fraction", b"_memory_fraction", "_prefix_caching", b"_prefix_caching", "_tensor_parallel_count", b"_tensor_parallel_count", "adapter_slot_count", b"adapter_slot_count", "context_tokens", b"context_tokens", "max_adapter_rank", b"max_adapter_rank", "max_running_sequences", b"max_running_sequences", "memory_fraction", b"memory_fraction", "prefix_caching", b"prefix_caching", "tensor_parallel_count", b"tensor_parallel_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_slot_count", b"_adapter_slot_count", "_context_tokens", b"_context_tokens", "_max_adapter_rank", b"_max_adapter_rank", "_max_running_sequences", b"_max_running_sequences", "_memory_fraction", b"_memory_fraction", "_prefix_caching", b"_prefix_caching", "_tensor_parallel_count", b"_tensor_parallel_count", "adapter_slot_count", b"adapter_slot_count", "attention_implementation", b"attention_implementation", "batch_invariant", b"batch_invariant", "batching", b"batching", "context_tokens", b"context_tokens", "data_type", b"data_type", "device", b"device", "max_adapter_rank", b"max_adapter_rank", "max_running_sequences", b"max_running_sequences", "memory_fraction", b"memory_fraction", "prefix_caching", b"prefix_caching", "quantization", b"quantization", "tensor_parallel_count", b"tensor_parallel_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_slot_count", b"_adapter_slot_count", "_context_tokens", b"_context_tokens", "_max_adapter_rank", b"_max_adapter_rank", "_max_running_sequences", b"_max_running_sequences", "_memory_fraction", b"_memory_fraction", "_prefix_caching", b"_prefix_caching", "_tensor_parallel_count", b"_tensor_parallel_count", "adapter_slot_count", b"adapter_slot_count", "attention_implementation", b"attention_implementation", "batch_invariant", b"batch_invariant", "batching", b"batching", "context_tokens", b"context_tokens", "data_type", b"data_type", "device", b"device", "double_quantization", b"double_quantization", "max_adapter_rank", b"max_adapter_rank", "max_running_sequences", b"max_running_sequences", "memory_fraction", b"memory_fraction", "prefix_caching", b"prefix_caching", "quantization", b"quantization", "tensor_parallel_count", b"tensor_parallel_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_slot_count: _TypeAlias = _typing.Literal["adapter_slot_count"]  # noqa: Y015
     _WhichOneofArgType__adapter_slot_count: _TypeAlias = _typing.Literal["_adapter_slot_count", b"_adapter_slot_count"]  # noqa: Y015

@@ -138,7 +138,8 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteModel(self, request, context):
-        """Forgets a model and, where the service made or fetched the files itself, deletes them. Adapters trained on it stay.
+        """Forgets a model and, where the service made its files itself (CreateModel, a training job), deletes them. Files of the operator
+        and of caches that others use stay, and so do adapters trained on it.
 
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is not unloaded or failed), ABORTED (STALE_ETAG).
         """

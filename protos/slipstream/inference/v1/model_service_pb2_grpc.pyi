@@ -63,7 +63,8 @@ class ModelServiceStub:
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is pinned and `force` is off), ABORTED (STALE_ETAG).
     """
     DeleteModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _empty_pb2.Empty]
-    """Forgets a model and, where the service made or fetched the files itself, deletes them. Adapters trained on it stay.
+    """Forgets a model and, where the service made its files itself (CreateModel, a training job), deletes them. Files of the operator
+    and of caches that others use stay, and so do adapters trained on it.
 
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is not unloaded or failed), ABORTED (STALE_ETAG).
     """
@@ -132,7 +133,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is pinned and `force` is off), ABORTED (STALE_ETAG).
     """
     DeleteModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.DeleteModelRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Forgets a model and, where the service made or fetched the files itself, deletes them. Adapters trained on it stay.
+    """Forgets a model and, where the service made its files itself (CreateModel, a training job), deletes them. Files of the operator
+    and of caches that others use stay, and so do adapters trained on it.
 
     Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is not unloaded or failed), ABORTED (STALE_ETAG).
     """
@@ -228,7 +230,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_service_pb2.DeleteModelRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Forgets a model and, where the service made or fetched the files itself, deletes them. Adapters trained on it stay.
+        """Forgets a model and, where the service made its files itself (CreateModel, a training job), deletes them. Files of the operator
+        and of caches that others use stay, and so do adapters trained on it.
 
         Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is not unloaded or failed), ABORTED (STALE_ETAG).
         """
