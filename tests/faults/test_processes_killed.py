@@ -123,7 +123,7 @@ async def test_a_worker_killed_in_prefill_gets_its_requests_again(
         worker = inference.workers()[0]
         worker.send_signal(signal.SIGSTOP)
         call = asyncio.create_task(read_all(inference_stub(channel).StreamGenerate(generate_request("a b " * 2000, 3))))
-        await assert_eventually(lambda: inference.metric("slipstream_num_requests_running") == 1)
+        await assert_eventually(lambda: inference.num_requests() == 1)
         worker.kill()
         events = await asyncio.wait_for(call, RESTART_S)
         assert events[-1].finished.usage.completion_tokens == 3

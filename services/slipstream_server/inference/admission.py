@@ -63,9 +63,10 @@ class AdmissionQueue(Generic[W]):
         return len(self._front) + sum(map(len, self._queues.values()))
 
     def __iter__(self) -> Iterator[W]:
-        yield from self._front.values()
+        # Copies: the metrics are read on another thread while the loop goes on.
+        yield from list(self._front.values())
         for queue in self._queues.values():
-            yield from queue.values()
+            yield from list(queue.values())
 
     def reserve(self) -> None:
         """Hold a place while a prompt is tokenized; raises QueueFull.

@@ -19,11 +19,12 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from slipstream_server.errors import DeadlineExceeded, InternalError, SlipstreamError, WorkerDied
+from slipstream_server.inference.adapter_metrics import AdaptersInUse, adapter_id
 from slipstream_server.inference.admission import AdmissionLimits, AdmissionQueue
 from slipstream_server.inference.calls import Priority
 from slipstream_server.inference.generation import (
@@ -62,13 +63,15 @@ class RequestSink(Protocol):
 class Ticket:
     """A request on its way.
 
-    ``num_deaths`` counts workers that died with it, ``has_tokens`` says that it cannot start over.
+    ``num_deaths`` counts workers that died with it, ``has_joined`` says that it is in a batch, ``has_tokens`` that it
+    cannot start over.
     """
 
     request: GenerationRequest
     sink: RequestSink
     arrival_s: float = field(default_factory=time.monotonic)
     num_deaths: int = 0
+    has_joined: bool = False
     has_tokens: bool = False
 
     @property
@@ -110,6 +113,26 @@ class Dispatcher:
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
+    # The metrics ask for these on another thread: the books are copied before they are read.
+
+    @property
+    def num_running(self) -> int:
+        """Requests in a batch."""
+        return sum(ticket.has_joined for ticket in list(self._in_flight.values()))
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue, here or in the worker."""
+        return len(self.queue) + sum(not ticket.has_joined for ticket in list(self._in_flight.values()))
+
+    def adapters_in_use(self) -> AdaptersInUse:
+        """The adapters that requests in a batch, and requests in the queue, are for."""
+        sent = list(self._in_flight.values())
+        waiting = [*(ticket for ticket in sent if not ticket.has_joined), *self.queue]
+        return AdaptersInUse(
+            running=_adapters_of(ticket for ticket in sent if ticket.has_joined), waiting=_adapters_of(waiting)
+        )
+
     async def idle(self) -> None:
         """Returns when no request is queued or in flight."""
         while self._in_flight or len(self.queue):
@@ -144,6 +167,7 @@ class Dispatcher:
         for ticket in reversed(victims):
             self._leave(ticket)
             ticket.num_deaths += 1
+            ticket.has_joined = False
             if ticket.has_tokens:
                 ticket.sink.fail(WorkerDied("the model's worker died in the middle of the answer", retry_after_s=1.0))
             elif ticket.num_deaths >= MAX_DEATHS:
@@ -179,12 +203,13 @@ class Dispatcher:
     def _pass_on(self, ticket: Ticket, event: Admitted | PromptLogprobs | Tokens | Finished | Failed) -> None:
         match event:
             case Admitted():
+                ticket.has_joined = True
                 ticket.sink.admitted(event)
             case PromptLogprobs():
                 ticket.sink.prompt_logprobs(event)
             case Tokens():
                 self._clear(ticket)
-                ticket.has_tokens = True
+                ticket.has_joined = ticket.has_tokens = True
                 if ticket.sink.tokens(event) and self._send is not None:
                     self._send(EndSequence(event.id, event.index))
             case Finished():
@@ -232,6 +257,11 @@ class Dispatcher:
         assert self.queue.num_prompt_tokens == sum(ticket.num_prompt_tokens for ticket in self.queue)
         assert not {ticket.id for ticket in self.queue} & self._in_flight.keys()
         assert self._suspect is None or self._suspect.id in self._in_flight
+
+
+def _adapters_of(tickets: Iterable[Ticket]) -> frozenset[str]:
+    pins = (ticket.request.adapter for ticket in tickets)
+    return frozenset(adapter_id(pin.version) for pin in pins if pin is not None)
 
 
 def _too_late() -> DeadlineExceeded:

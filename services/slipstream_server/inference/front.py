@@ -29,7 +29,7 @@ from slipstream_server.errors import (
     UnsupportedField,
 )
 from slipstream_server.inference.admission import AdmissionLimits
-from slipstream_server.inference.calls import GenerateCall, Prompt, StartedEvent
+from slipstream_server.inference.calls import ChatPrompt, GenerateCall, Prompt, StartedEvent
 from slipstream_server.inference.expected import ExpectedModels
 from slipstream_server.inference.generation import AdapterPin
 from slipstream_server.inference.metrics import InferenceMetrics
@@ -167,7 +167,7 @@ class InferenceFront:
             plan,
             admission=self._config.admission,
             restart=self._config.restart,
-            metrics=self._metrics.of_model(plan.name),
+            metrics=self._metrics.of_model(plan.name, max_batch_size=plan.worker.max_batch_size),
             on_change=self._notify,
         )
         self._models[plan.name] = model
@@ -275,7 +275,11 @@ class InferenceFront:
             stop=call.stopping.stop,
             echo_text=prompt.text,
             detokenizers=model.text.detokenizers,
-            observer=model.metrics,
+            observer=model.metrics.of_request(
+                started.adapter_version,
+                operation="chat" if isinstance(call.prompt, ChatPrompt) else "text_completion",
+                arrival_s=arrival_s,
+            ),
             on_leave=self._left,
         )
         stream.ticket.arrival_s = arrival_s

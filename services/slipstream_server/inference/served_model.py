@@ -68,7 +68,12 @@ class ServedModel:
         )
         self.task: asyncio.Task[None] | None = None
         self._encoder: PromptEncoder | None = None
-        metrics.watch(running=lambda: self.dispatcher.num_in_flight, waiting=lambda: len(self.dispatcher.queue))
+        metrics.watch(
+            running=lambda: self.dispatcher.num_running,
+            waiting=lambda: self.dispatcher.num_waiting,
+            adapter_slots=plan.worker.adapter_slots,
+            adapters=self.dispatcher.adapters_in_use,
+        )
 
     @property
     def status(self) -> ModelStatus:

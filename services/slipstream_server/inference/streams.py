@@ -36,10 +36,10 @@ from slipstream_server.inference.stop_strings import StopAutomaton
 class StreamObserver(Protocol):
     """Who measures; times are monotonic seconds."""
 
-    def queued(self, seconds: float) -> None: ...
+    def joined(self, seconds: float, prompt_tokens: int) -> None: ...
     def first_token(self, seconds: float) -> None: ...
     def next_tokens(self, count: int, seconds: float) -> None: ...
-    def succeeded(self, finish_reasons: tuple[str, ...], seconds: float, prompt_tokens: int) -> None: ...
+    def succeeded(self, finish_reasons: tuple[str, ...], seconds: float) -> None: ...
     def failed(self, reason: str) -> None: ...
     def generated(self, count: int) -> None: ...
 
@@ -187,7 +187,8 @@ class GenerationStream:
             return
         self._has_started = True
         self._cached_prompt_tokens = event.cached_prompt_tokens
-        self._observer.queued(time.monotonic() - self.ticket.arrival_s)
+        queued_s = time.monotonic() - self.ticket.arrival_s
+        self._observer.joined(queued_s, len(self.ticket.request.prompt_token_ids))
         self._pending_start = self._started
         if self._echo_text:
             for index in range(len(self._sequences)):
@@ -220,17 +221,16 @@ class GenerationStream:
         reasons = tuple(sequence.text.finish_reason or "" for sequence in self._sequences)
         if not all(reasons):
             raise RuntimeError("the worker finished a request whose sequences have not all ended")
-        prompt_tokens = len(self.ticket.request.prompt_token_ids)
         self._end(
             FinishedEvent(
-                prompt_tokens=prompt_tokens,
+                prompt_tokens=len(self.ticket.request.prompt_token_ids),
                 completion_tokens=sum(sequence.num_tokens for sequence in self._sequences),
                 cached_prompt_tokens=self._cached_prompt_tokens,
                 finish_reasons=reasons,
                 prompt_logprobs=self._prompt_logprobs,
             )
         )
-        self._observer.succeeded(reasons, time.monotonic() - self.ticket.arrival_s, prompt_tokens)
+        self._observer.succeeded(reasons, time.monotonic() - self.ticket.arrival_s)
 
     def fail(self, error: SlipstreamError) -> None:
         if self._outcome is None and not self._is_over:
