@@ -54,7 +54,7 @@ class AdmissionQueue(Generic[W]):
         self._clock = clock
         self._queues: dict[Priority, OrderedDict[int, W]] = {priority: OrderedDict() for priority in Priority}
         self._front = OrderedDict[int, W]()
-        self._num_reserved = 0
+        self.num_reserved = 0
         self.num_prompt_tokens = 0
         self._seconds_per_request = 0.0
         self._last_taken_s: float | None = None
@@ -73,16 +73,16 @@ class AdmissionQueue(Generic[W]):
 
         ``release`` gives it back, also before ``put``.
         """
-        if len(self) + self._num_reserved >= self._limits.max_requests:
+        if len(self) + self.num_reserved >= self._limits.max_requests:
             raise self._full(f"{self._limits.max_requests} requests wait for the model, as many as may")
-        self._num_reserved += 1
+        self.num_reserved += 1
 
     def release(self) -> None:
-        self._num_reserved -= 1
+        self.num_reserved -= 1
 
     def put(self, waiting: W) -> None:
         """Queue a request; raises QueueFull."""
-        if len(self) + self._num_reserved >= self._limits.max_requests:
+        if len(self) + self.num_reserved >= self._limits.max_requests:
             raise self._full(f"{self._limits.max_requests} requests wait for the model, as many as may")
         if len(self) and self.num_prompt_tokens + waiting.num_prompt_tokens > self._limits.max_prompt_tokens:
             raise self._full(f"the waiting prompts have {self.num_prompt_tokens} tokens")

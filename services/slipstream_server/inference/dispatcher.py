@@ -133,6 +133,11 @@ class Dispatcher:
             running=_adapters_of(ticket for ticket in sent if ticket.has_joined), waiting=_adapters_of(waiting)
         )
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is queued, in flight, or on its way into the queue."""
+        return not self._in_flight and not len(self.queue) and not self.queue.num_reserved
+
     async def idle(self) -> None:
         """Returns when no request is queued or in flight."""
         while self._in_flight or len(self.queue):

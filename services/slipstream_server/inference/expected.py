@@ -1,4 +1,4 @@
-"""Models that are on their way: announced, being fetched or prepared, not yet in anybody's hands. Event loop."""
+"""Models that no worker has: unloaded, being made, announced, being fetched or prepared, or failed. Event loop."""
 
 from __future__ import annotations
 
@@ -31,15 +31,21 @@ class ExpectedModels:
         self._statuses[name] = ModelStatus(model=name, stage="preparing")
 
     def report(self, name: str, stage: str, progress: float) -> None:
-        """How far it is, 0 to 1."""
-        self._statuses[name] = replace(self._statuses[name], stage=stage, progress=progress)
+        """How far an announced or created model is, 0 to 1; of one that is awaited no more nothing is kept."""
+        status = self._statuses.get(name)
+        if status is not None and status.state in (ModelState.LOADING, ModelState.CREATING):
+            self._statuses[name] = replace(status, stage=stage, progress=progress)
 
     def fail(self, name: str, error: SlipstreamError) -> None:
         """It will not come; callers get the reason."""
-        self._statuses[name] = replace(self._statuses[name], state=ModelState.FAILED, error=error)
+        self._statuses[name] = ModelStatus(model=name, state=ModelState.FAILED, error=error)
+
+    def rest(self, name: str, state: ModelState, note: str = "") -> None:
+        """It is UNLOADED or CREATING; ``note`` says in words what there is to add."""
+        self._statuses[name] = ModelStatus(model=name, state=state, stage=note)
 
     def arrived(self, name: str) -> None:
-        """It is here, or nobody waits for it any more."""
+        """It is here, or gone for good."""
         self._statuses.pop(name, None)
 
     def why_not(self, name: str) -> SlipstreamError:

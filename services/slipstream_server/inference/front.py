@@ -37,7 +37,7 @@ from slipstream_server.inference.resolve import check_call, resolve
 from slipstream_server.inference.served_model import ModelPlan as ModelPlan
 from slipstream_server.inference.served_model import ServedModel
 from slipstream_server.inference.streams import GenerationStream
-from slipstream_server.inference.supervisor import ModelStatus, RestartPolicy
+from slipstream_server.inference.supervisor import ModelState, ModelStatus, RestartPolicy
 from slipstream_server.models.tokenizer import TokenSpan
 
 AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
@@ -133,7 +133,7 @@ class InferenceFront:
         finally:
             self._is_draining = True
             self._stop.set()
-            self._notify()
+            self.notify()
             for stream in list(self._streams):
                 stream.fail(Unavailable("the service has stopped"))
 
@@ -142,17 +142,27 @@ class InferenceFront:
     def announce(self, name: str) -> None:
         """A model is being fetched or prepared: callers are told to wait, not that it is unknown, until it is added."""
         self._expected.announce(name)
-        self._notify()
+        self.notify()
 
     def report(self, name: str, stage: str, progress: float) -> None:
         """How far an announced model is, 0 to 1."""
         self._expected.report(name, stage, progress)
-        self._notify()
+        self.notify()
 
     def give_up(self, name: str, error: SlipstreamError) -> None:
         """An announced model cannot come; callers are told why."""
         self._expected.fail(name, error)
-        self._notify()
+        self.notify()
+
+    def rest(self, name: str, state: ModelState = ModelState.UNLOADED, note: str = "") -> None:
+        """A model is known, and nobody is bringing it: UNLOADED, or CREATING. Callers are told so."""
+        self._expected.rest(name, state, note)
+        self.notify()
+
+    def forget(self, name: str) -> None:
+        """A model that is not served is known no more."""
+        self._expected.arrived(name)
+        self.notify()
 
     def add_model(self, plan: ModelPlan) -> None:
         """Serve a model from now on; it starts as LOADING.
@@ -168,12 +178,16 @@ class InferenceFront:
             admission=self._config.admission,
             restart=self._config.restart,
             metrics=self._metrics.of_model(plan.name, max_batch_size=plan.worker.max_batch_size),
-            on_change=self._notify,
+            on_change=self.notify,
         )
         self._models[plan.name] = model
         self._expected.arrived(plan.name)
         model.task = self._tasks.create_task(model.serve(self._threads), name=f"model-{plan.name}")
-        self._notify()
+        self.notify()
+
+    def begin_unloading(self, name: str) -> None:
+        """No new requests for a served model from here on. Raises ModelNotFound."""
+        self._find(name).supervisor.unloading()
 
     async def remove_model(self, name: str, *, grace_s: float = 0.0) -> None:
         """Stop serving a model: no new requests, the running ones get ``grace_s``. Raises ModelNotFound."""
@@ -182,12 +196,36 @@ class InferenceFront:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.dispatcher.idle(), grace_s)
         model.dispatcher.fail_all(Unavailable(f"model {name} was unloaded"))
+        await self._take_down(model)
+
+    async def remove_failed(self, name: str, error: SlipstreamError) -> None:
+        """End a model whose load failed; it stays FAILED, without a worker. Raises ModelNotFound."""
+        await self._take_down(self._find(name), then=error)
+
+    async def _take_down(self, model: ServedModel, then: SlipstreamError | None = None) -> None:
+        name = model.plan.name
         if model.task is not None:
             model.task.cancel()
             await asyncio.gather(model.task, return_exceptions=True)
-        self._models.pop(name, None)
-        self._metrics.forget(name)
-        self._notify()
+        if self._models.get(name) is model:
+            self._models.pop(name)
+            self._metrics.forget(name)
+            if then is not None:
+                self._expected.fail(name, then)
+        self.notify()
+
+    def is_idle(self, name: str) -> bool:
+        """Whether a served model has no request, begun or waiting, and none on its way into the queue."""
+        model = self._models[name]
+        return model.dispatcher.is_idle and not any(stream.model == name for stream in self._streams)
+
+    def last_used_s(self, name: str) -> float:
+        """When a request last came for a served model, on ``time.monotonic``'s clock; at first when it was added."""
+        return self._models[name].last_used_s
+
+    def is_served(self, name: str) -> bool:
+        """Whether a model is between ``add_model`` and its removal."""
+        return name in self._models
 
     def models(self) -> tuple[ModelStatus, ...]:
         """Every model as it stands, by name."""
@@ -215,7 +253,8 @@ class InferenceFront:
         finally:
             self._subscribers.discard(changed)
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Something that subscribers show has changed."""
         for changed in self._subscribers:
             changed.set()
 
@@ -225,7 +264,7 @@ class InferenceFront:
             raise self._expected.why_not(name)
         model = self._models.get(name)
         if model is None:
-            raise ModelNotFound(f"no model {name[:80]!r} is loaded", metadata={"model": name[:80]})
+            raise ModelNotFound(f"no model {name[:80]!r} is known", metadata={"model": name[:80]})
         return model
 
     def _default_model(self) -> str:
@@ -321,6 +360,7 @@ class InferenceFront:
             raise Draining("the service is going down", retry_after_s=self._config.drain_retry_after_s)
         model = self._find(name)
         model.check_ready()
+        model.last_used_s = time.monotonic()
         return model
 
     async def _adapter(self, model: str, adapter: str) -> AdapterPin | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class ServedModel:
             on_change=on_change,
         )
         self.task: asyncio.Task[None] | None = None
+        self.last_used_s = time.monotonic()
         self._encoder: PromptEncoder | None = None
         metrics.watch(
             running=lambda: self.dispatcher.num_running,

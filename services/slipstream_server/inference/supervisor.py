@@ -29,6 +29,8 @@ _log = logging.getLogger(__name__)
 class ModelState(StrEnum):
     """What a model can do for a caller now."""
 
+    UNLOADED = "unloaded"
+    CREATING = "creating"
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
@@ -190,4 +192,6 @@ def not_ready(status: ModelStatus, retry_after_s: float) -> SlipstreamError:
     text = f"model {status.model} is {status.state}"
     if status.state is ModelState.LOADING and status.stage:
         text += f" ({status.progress:.0%}, {status.stage})"
+    if status.state is ModelState.UNLOADED:
+        return ModelNotReady(f"{text}; LoadModel makes it ready", metadata={"state": status.state.upper()})
     return ModelNotReady(text, metadata={"state": status.state.upper()}, retry_after_s=retry_after_s)

@@ -1,0 +1,110 @@
+"""From what was asked for a model to how its worker runs it. Every option is honoured here or refused by its name.
+
+Free of torch; any thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slipstream_server.errors import InvalidField, UnsupportedField
+from slipstream_server.inference.engines import CONTINUOUS, engine_for
+from slipstream_server.inference.load_choice import BALANCED, STORED_QUANTIZATIONS, LoadChoice
+from slipstream_server.inference.served_model import ModelPlan
+from slipstream_server.inference.worker_config import WorkerConfig
+from slipstream_server.models.facts import ModelFacts
+from slipstream_server.models.load_options import LoadOptions, parse_load_options
+from slipstream_server.models.sources import PreparedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingDefaults:
+    """The operator's choices, where a load says nothing. ``tokenizer``: a source, in place of the models' own."""
+
+    device: str = "auto"
+    device_map: str | None = None
+    dtype: str = "auto"
+    quantization: str = "none"
+    attention: str = "auto"
+    batching: str = "auto"
+    max_batch_size: int = 16
+    max_batch_tokens: int = 16_384
+    max_queue_delay_ms: float = 5.0
+    threads: int = 0
+    adapter_slots: int = 8
+    max_adapter_rank: int = 64
+    memory_fraction: float = 0.9
+    tokenizer: str | None = None
+    log_level: str = "INFO"
+    log_format: Literal["auto", "json", "text"] = "auto"
+
+
+def plan_of(
+    name: str, source: str, prepared: PreparedModel, facts: ModelFacts, choice: LoadChoice, defaults: ServingDefaults
+) -> ModelPlan:
+    """How ``name`` is to be served. Raises InvalidField or UnsupportedField, naming the option."""
+    choice.check()
+    _check_against(facts, choice)
+    engine = engine_for(facts, choice.batching, defaults.batching)
+    if choice.prefix_caching and engine != CONTINUOUS:
+        raise UnsupportedField.of("options.prefix_caching", f"the {engine} batcher keeps no prefixes")
+    worker = WorkerConfig(
+        model_folder=prepared.folder,
+        load=_load_options(prepared, choice, defaults),
+        engine=engine,
+        max_batch_size=choice.max_running_sequences or defaults.max_batch_size,
+        max_batch_tokens=defaults.max_batch_tokens,
+        max_queue_delay_ms=defaults.max_queue_delay_ms,
+        threads=defaults.threads,
+        adapter_slots=_or(choice.adapter_slot_count, defaults.adapter_slots),
+        max_adapter_rank=_or(choice.max_adapter_rank, defaults.max_adapter_rank),
+        log_level=defaults.log_level,
+        log_format=defaults.log_format,
+    )
+    return ModelPlan(
+        name=name,
+        folder=prepared.folder,
+        facts=facts,
+        worker=worker,
+        max_context_tokens=choice.context_tokens,
+        source=source,
+        revision=prepared.revision,
+    )
+
+
+def _check_against(facts: ModelFacts, choice: LoadChoice) -> None:
+    longest = facts.context_tokens
+    if choice.context_tokens is not None and longest is not None and choice.context_tokens > longest:
+        raise InvalidField.of(
+            "options.context_tokens", f"{choice.context_tokens} is more than the model's own {longest}"
+        )
+    if choice.quantization in STORED_QUANTIZATIONS and facts.quantization_method != choice.quantization:
+        stored = facts.quantization_method or "not quantized"
+        raise UnsupportedField.of(
+            "options.quantization", f"{choice.quantization} is for checkpoints quantized that way; this one is {stored}"
+        )
+    if choice.quantization not in ("", "none", *STORED_QUANTIZATIONS) and facts.is_quantized:
+        raise UnsupportedField.of(
+            "options.quantization", f"the checkpoint is quantized already ({facts.quantization_method})"
+        )
+
+
+def _load_options(prepared: PreparedModel, choice: LoadChoice, defaults: ServingDefaults) -> LoadOptions:
+    quantization = choice.quantization or defaults.quantization
+    is_placed = bool(choice.device)
+    return parse_load_options(
+        {
+            "device": "auto" if choice.device == BALANCED else choice.device or defaults.device,
+            "device_map": (BALANCED if choice.device == BALANCED else None) if is_placed else defaults.device_map,
+            "dtype": choice.data_type or defaults.dtype,
+            "quantization": "none" if quantization in STORED_QUANTIZATIONS else quantization,
+            "double_quantization": choice.double_quantization,
+            "attn_implementation": choice.attention_implementation or defaults.attention,
+        },
+        adapter_folder=prepared.adapter_folder,
+    )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
