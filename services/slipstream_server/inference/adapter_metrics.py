@@ -1,7 +1,7 @@
 """Adapters in the metrics: one label value each within bounds, and which of them have requests now.
 
 ``lora_requests_info`` has the form that the Gateway API inference extension reads: a gauge whose labels
-``running_lora_adapters`` and ``waiting_lora_adapters`` list adapters with commas between, ``max_lora`` how many fit, and
+``running_lora_adapters`` and ``waiting_lora_adapters`` list adapters with commas between, ``max_lora`` their room, and
 whose value is the time it was true.
 Source: https://gateway-api-inference-extension.sigs.k8s.io (model server protocol).
 """

@@ -28,6 +28,7 @@ from slipstream_client.cli import (
     status,
     terminal,
     tokens,
+    top,
     train,
     up,
     version,
@@ -66,6 +67,7 @@ app.command(
 )(serve.serve)
 app.add_typer(models.app, name="models", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(status.status)
+app.command(rich_help_panel=LOOK)(top.top)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
 app.add_typer(config.app, name="config", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(version.version)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import typer
 from rich.text import Text
 
 from slipstream_client.cli import terminal
+from slipstream_client.cli.metrics_port import MetricsUnavailable, Samples, metrics_address, read_metrics, total
 from slipstream_client.cli.model_rows import model_table
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.target import Target
@@ -20,8 +19,6 @@ from slipstream_client.models import Model
 from slipstream_client.results import HealthState, ServiceHealth
 
 TIMEOUT_S = 3.0
-METRICS_PORT_OFFSET = 1000
-MAX_METRICS_BYTES = 4 * 1024 * 1024
 LOOKS = {
     HealthState.SERVING: "[green]●[/] serving",
     HealthState.NOT_SERVING: "[yellow]●[/] not serving",
@@ -61,14 +58,14 @@ async def _overview(client: SlipstreamClient) -> Overview:
     if services[0].state is HealthState.UNREACHABLE:
         return Overview(services=tuple(services), default_model="", models=(), running_count=None, waiting_count=None)
     models, default_model, metrics = await asyncio.gather(
-        _models(client), _default_model(client), asyncio.to_thread(read_metrics, services[0].address)
+        _models(client), _default_model(client), asyncio.to_thread(_metrics, client, services[0].address)
     )
     return Overview(
         services=tuple(services),
         default_model=default_model,
         models=models,
-        running_count=_total(metrics, "slipstream_num_requests_running"),
-        waiting_count=_total(metrics, "slipstream_num_requests_waiting"),
+        running_count=_count(metrics, "slipstream_num_requests_running"),
+        waiting_count=_count(metrics, "slipstream_num_requests_waiting"),
     )
 
 
@@ -88,25 +85,17 @@ async def _default_model(client: SlipstreamClient) -> str:
         return ""
 
 
-def read_metrics(address: str) -> Mapping[str, float]:
-    """The Prometheus samples of the service at ``address``, from its metrics port; empty where that is out of reach."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        return {}
-    url = f"http://{host}:{int(port) + METRICS_PORT_OFFSET}/metrics"
+def _metrics(client: SlipstreamClient, address: str) -> Samples:
+    """What the inference service's metrics port tells; nothing where that is out of reach."""
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
-            text = answer.read(MAX_METRICS_BYTES).decode(errors="replace")
-    except (OSError, ValueError):
-        return {}
-    lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
-    return {name: float(value) for name, _, value in lines if name}
+        return read_metrics(metrics_address(address), client.settings, timeout_s=TIMEOUT_S)
+    except MetricsUnavailable:
+        return ()
 
 
-def _total(metrics: Mapping[str, float], name: str) -> int | None:
-    """The sum of a metric over its labels; None where it is not there."""
-    values = [value for sample, value in metrics.items() if sample.partition("{")[0] == name]
-    return round(sum(values)) if values else None
+def _count(metrics: Samples, name: str) -> int | None:
+    value = total(metrics, name)
+    return None if value is None else round(value)
 
 
 def _print(overview: Overview) -> None:
