@@ -6,10 +6,12 @@ Knows what an entry says, not how it is fetched. Pure but for reading the file; 
 
 from __future__ import annotations
 
+import difflib
+import math
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
@@ -20,6 +22,8 @@ from slipstream_server.models.folder import is_plain_name
 _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,61}[a-z0-9])?")
 _PACKAGE = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+]{0,63}")
+_DTYPES = ("float32", "bfloat16", "float16")
+_FAMILIES = ("", "encoder", "decoder", "encoder_decoder", "multimodal")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -63,8 +67,22 @@ CatalogueSource: TypeAlias = HubSource | PackageSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A published result, and where it was published."""
+
+    benchmark: str
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CatalogueEntry:
-    """One model by name; ``sources`` in order of preference."""
+    """One model by name; ``sources`` in order of preference.
+
+    ``config`` is what of its config.json decides its shape, empty where it is not kept here; ``default_for`` are the
+    tasks it is proposed for where nothing else is asked; ``family`` is told only where there is no ``config``.
+    """
 
     name: str
     description: str
@@ -73,6 +91,15 @@ class CatalogueEntry:
     size_bytes: int
     num_parameters: int
     sources: tuple[CatalogueSource, ...]
+    title: str = ""
+    dtype: str = "float32"
+    gated: bool = False
+    context_tokens: int = 0
+    languages: tuple[str, ...] = ()
+    default_for: tuple[str, ...] = ()
+    family: str = ""
+    scores: tuple[Score, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +113,9 @@ class Catalogue:
 
     def get(self, name: str) -> CatalogueEntry:
         if name not in self.entries:
-            known = ", ".join(sorted(self.entries))
-            raise ModelNotFound(f"model {name[:100]!r} is not in the catalogue ({known}) and is no hub id (org/name)")
+            near = difflib.get_close_matches(name[:100], self.entries, n=3, cutoff=0.5)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise ModelNotFound(f"model {name[:100]!r} is not in the catalogue and is no hub id (org/name){hint}")
         return self.entries[name]
 
 
@@ -110,12 +138,20 @@ def _entry(name: str, table: Mapping[str, Any]) -> CatalogueEntry:
     _check(_NAME.fullmatch(name), name, "name", name)
     try:
         sources = tuple(_source(name, source) for source in table["sources"])
-        values = {key: value for key, value in table.items() if key != "sources"}
-        entry = CatalogueEntry(name=name, sources=sources, **{**values, "tasks": tuple(values["tasks"])})
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        values["sources"] = sources
+        values["scores"] = tuple(Score(**score) for score in table.get("scores", ()))
+        entry = CatalogueEntry(name=name, **values)
     except (KeyError, TypeError) as error:
         raise InvalidField.of(f"models.{name}", f"incomplete, or with an unknown key: {error}") from error
     _check(entry.sources, name, "sources", "none")
     _check(entry.size_bytes > 0 and entry.num_parameters > 0, name, "size_bytes", entry.size_bytes)
+    _check(entry.context_tokens >= 0, name, "context_tokens", entry.context_tokens)
+    _check(entry.dtype in _DTYPES, name, "dtype", entry.dtype)
+    _check(entry.family in _FAMILIES, name, "family", entry.family)
+    _check({*entry.default_for} <= {*entry.tasks}, name, "default_for", entry.default_for)
+    for score in entry.scores:
+        _check(score.source.startswith("https://") and math.isfinite(score.value), name, "scores", score.benchmark)
     return entry
 
 

@@ -102,7 +102,9 @@ def _qwen_moe(style: _Style, *, has_shared_expert: bool) -> Counting:
         model.add(_attention(shape, style), times=layers)
         sparse = _num_sparse(shape, layers)
         model.add(_gated(hidden, shape.size("intermediate_size")), times=layers - sparse)
-        model.add(_mixture(shape, inner="moe_intermediate_size", experts=("num_experts", "num_local_experts")), times=sparse)
+        model.add(
+            _mixture(shape, inner="moe_intermediate_size", experts=("num_experts", "num_local_experts")), times=sparse
+        )
         if has_shared_expert:
             model.add(_gated(hidden, shape.size("shared_expert_intermediate_size")), times=sparse)
             model.linear(hidden, 1, times=sparse)
@@ -250,9 +252,7 @@ DECODERS: Mapping[str, Counting] = {
     "qwen3": _llama_like(_Style(qkv_bias=None, output_bias=None, head_norms=True)),
     "gemma": _llama_like(_Style(qkv_bias=None, output_bias=None, ties_by_default=True)),
     "gemma2": _llama_like(_Style(qkv_bias=None, output_bias=None, norms=4, ties_by_default=True)),
-    "gemma3_text": _llama_like(
-        _Style(qkv_bias=None, output_bias=None, norms=4, head_norms=True, ties_by_default=True)
-    ),
+    "gemma3_text": _llama_like(_Style(qkv_bias=None, output_bias=None, norms=4, head_norms=True, ties_by_default=True)),
     "phi3": _llama_like(_Style()),
     "olmo2": _llama_like(_Style(qkv_bias=None, output_bias=None, wide_head_norms=True)),
     "mixtral": _mixtral,

@@ -32,9 +32,7 @@ def _add_label_head(model: Tally, shape: Shape, hidden: int, *, has_dense: bool)
         if has_dense:
             model.linear(hidden, hidden, bias=True)
         model.linear(hidden, shape.num_labels, bias=True)
-    elif shape.ends_with("ForTokenClassification"):
-        model.linear(hidden, shape.num_labels, bias=True)
-    elif shape.ends_with("ForQuestionAnswering"):
+    elif shape.ends_with("ForTokenClassification") or shape.ends_with("ForQuestionAnswering"):
         model.linear(hidden, shape.num_labels, bias=True)
     else:
         return False
@@ -142,7 +140,10 @@ def _albert(shape: Shape) -> Tally:
 def _deberta_v2(shape: Shape) -> Tally:
     if shape.size("conv_kernel_size", default=0) or not shape.flag("relative_attention", False):
         raise Unsaid("relative_attention")
-    if not shape.flag("share_att_key", False) or shape.config.get("embedding_size") not in (None, shape.size("hidden_size")):
+    if not shape.flag("share_att_key", False) or shape.config.get("embedding_size") not in (
+        None,
+        shape.size("hidden_size"),
+    ):
         raise Unsaid("share_att_key")
     model, hidden = Tally(), shape.size("hidden_size")
     positions = shape.size("max_position_embeddings") if shape.flag("position_biased_input", True) else 0

@@ -1,8 +1,8 @@
 """How much memory a model needs, from its facts alone: before anything is loaded, or even downloaded.
 
-Weights are exact where the safetensors headers were read, and counted from the configuration's shapes otherwise
-(decoder layers with gated or plain feed-forwards; a few per cent off for unusual architectures). Knows nothing of
-devices. Pure functions; any thread.
+Weights are exact where the safetensors headers were read, or the configuration's family is known to ``parameters``;
+otherwise they are counted from the shapes that most decoders have (a few per cent off for unusual ones; ``counting``
+is exact for all). Knows nothing of devices. Pure functions; any thread.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from slipstream_server.models.load_options import Quantization
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # bitsandbytes: 8-bit rows with one float32 scale each; 4-bit blocks of 64 with a float32 scale, or with that scale in 8
-# bits and
-# a second float32 scale per 256 blocks (Dettmers et al., QLoRA, 2023, section 3).
+# bits and a second float32 scale per 256 blocks (Dettmers et al., QLoRA, 2023, section 3).
 _BYTES_8BIT = 1.0
 _BYTES_4BIT = 0.5 + 4 / 64
 _BYTES_4BIT_DOUBLE = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -71,6 +70,8 @@ def count_parameters(facts: ModelFacts) -> int:
     """Parameters: those stored, or computed from the shapes of the configuration where there are no weights yet."""
     if facts.num_parameters:
         return facts.num_parameters
+    if facts.configured is not None:
+        return facts.configured.total
     hidden, inner = facts.hidden_size or 0, facts.intermediate_size or 0
     heads, kv_heads = facts.num_heads or 0, facts.num_kv_heads or 0
     key_dim, value_dim = facts.head_dim or 0, facts.value_head_dim or 0
@@ -101,7 +102,7 @@ def _weight_bytes(facts: ModelFacts, element_bytes: int, quantization: Quantizat
     parameters = count_parameters(facts)
     if quantization is Quantization.NONE:
         return parameters * element_bytes
-    kept = min(parameters, _embedding_parameters(facts))
+    kept = min(parameters, _embedding_parameters(facts) if facts.configured is None else facts.configured.other)
     quantized_bytes = (
         _BYTES_8BIT if quantization is Quantization.EIGHT_BIT else _BYTES_4BIT_DOUBLE if double else _BYTES_4BIT
     )

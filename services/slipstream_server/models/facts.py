@@ -16,6 +16,7 @@ from typing import Any
 
 from slipstream_server.errors import CorruptArtifact
 from slipstream_server.models.folder import FAST_TOKENIZER, check_model_folder, is_generative, read_json_if_present
+from slipstream_server.models.parameters import ParameterCount, count_parameters_of
 from slipstream_server.models.safetensors_header import TensorEntry, read_header
 
 _MAX_COUNT = 2**53
@@ -96,7 +97,7 @@ class ModelFacts:
     """One model as its files describe it. Counts are exact; None means that the files do not say.
 
     ``pad_token_id`` is what the files say, not the fallback; ``num_parameters`` counts stored elements (packed ones in
-    quantized checkpoints).
+    quantized checkpoints). ``configured`` is what the configuration alone stands for, where its family is known.
     """
 
     model_type: str
@@ -127,6 +128,7 @@ class ModelFacts:
     intermediate_size: int | None
     num_labels: int | None
     labels: tuple[str, ...]
+    configured: ParameterCount | None = None
 
     @property
     def is_quantized(self) -> bool:
@@ -200,6 +202,7 @@ def facts_of_config(config: Mapping[str, Any], generation: Mapping[str, Any] | N
         intermediate_size=text.count(*_INNER_KEYS) or (4 * hidden if hidden else None),
         num_labels=len(labels) or None,
         labels=labels,
+        configured=count_parameters_of(config),
     )
 
 
@@ -297,7 +300,12 @@ def _num_sliding_layers(text: _Reader, layers: int | None, window: int | None) -
     if window is None or layers is None:
         return 0
     kinds = text.values.get("layer_types")
-    return kinds.count("sliding_attention") if isinstance(kinds, list) else layers
+    if isinstance(kinds, list):
+        return kinds.count("sliding_attention")
+    # Configurations older than layer_types: every n-th layer sees everything (Gemma 2: every second, Gemma 3: sixth).
+    default = {"gemma2": 2, "gemma3_text": 6}.get(str(text.values.get("model_type")), 0)
+    pattern = text.count("sliding_window_pattern") or default
+    return layers - layers // pattern if pattern else layers
 
 
 def _num_kv_heads(text: _Reader, heads: int | None) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from slipstream_server import errors
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
+from slipstream_server.models.priority import lower_process
 
 _log = logging.getLogger(__name__)
 
@@ -55,10 +56,13 @@ def run_preparation(
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "PYTHONPATH": _import_path(),
+        "PYTHONPATH": import_path(),
     }
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, env=environment) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, env=environment, start_new_session=True
+        ) as process:
+            lower_process(process.pid)
             try:
                 process.wait(timeout=_TIMEOUT_S)
             except subprocess.TimeoutExpired as error:
@@ -76,8 +80,8 @@ def run_preparation(
     return answer
 
 
-def _import_path() -> str:
-    """The subprocess must find this very package, however the parent found it."""
+def import_path() -> str:
+    """PYTHONPATH of a subprocess, which must find this very package, however the parent found it."""
     package_root = str(Path(errors.__file__).parent.parent)
     return os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
 

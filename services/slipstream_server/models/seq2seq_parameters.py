@@ -58,7 +58,9 @@ def _stacks(shape: Shape, *, key_bias: bool = True) -> Tally:
     return stacks
 
 
-def _bart_like(*, extra_positions: int, has_input_norm: bool, has_final_norm: bool, shares_tables: bool = False) -> Counting:
+def _bart_like(
+    *, extra_positions: int, has_input_norm: bool, has_final_norm: bool, shares_tables: bool = False
+) -> Counting:
     def count(shape: Shape) -> Tally:
         if not shape.ends_with("ForConditionalGeneration", "MTModel", "Model"):
             raise Unsaid("architectures")

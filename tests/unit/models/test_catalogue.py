@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from slipstream_server.errors import InvalidField, ModelNotFound
 from slipstream_server.models.catalogue import HubSource, PackageSource, builtin_catalogue, load_catalogue
+from slipstream_server.models.estimate import DTYPE_BYTES
+from slipstream_server.models.parameters import count_parameters_of
+from slipstream_server.resource_names import check_id
 
 ENTRY = """
 [models."small"]
@@ -37,9 +41,60 @@ def test_the_shipped_catalogue_names_its_models_and_sources() -> None:
     assert "minilm-l6-v2" in builtin_catalogue()
 
 
-def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ModelNotFound, match="minilm-l6-v2, smollm2-135m-instruct"):
-        builtin_catalogue().get("gpt-17")
+def test_an_unknown_name_is_answered_with_the_nearest_known_ones() -> None:
+    with pytest.raises(ModelNotFound, match="did you mean minilm-l6-v2"):
+        builtin_catalogue().get("minilm-l6")
+
+
+# Task ids as Transformers spells them; each has models here, and one that is proposed where nothing else is asked.
+TASKS = {
+    "text-classification", "token-classification", "question-answering", "table-question-answering", "fill-mask",
+    "zero-shot-classification", "feature-extraction", "sentence-similarity", "text-ranking", "summarization",
+    "translation", "text2text-generation", "text-generation", "image-classification", "image-feature-extraction",
+    "object-detection", "zero-shot-object-detection", "zero-shot-image-classification", "image-segmentation",
+    "mask-generation", "depth-estimation", "image-to-text", "image-text-to-text", "visual-question-answering",
+    "document-question-answering", "video-classification", "automatic-speech-recognition", "audio-classification",
+    "zero-shot-audio-classification", "text-to-audio", "text-to-speech",
+}  # fmt: skip
+
+
+def test_every_task_has_models_and_one_default() -> None:
+    entries = builtin_catalogue().entries.values()
+    assert {task for entry in entries for task in entry.tasks} == TASKS
+    assert sorted(task for entry in entries for task in entry.default_for) == sorted(TASKS)
+
+
+def test_every_entry_is_complete_and_can_be_a_models_name() -> None:
+    for entry in builtin_catalogue().entries.values():
+        assert check_id(entry.name, "name") == entry.name
+        assert entry.title, entry.name
+        assert entry.description, entry.name
+        assert entry.license, entry.name
+        assert bool(entry.config) != bool(entry.family), f"{entry.name} needs a config, or else a family"
+        assert any(isinstance(source, HubSource) for source in entry.sources)
+        assert all(re.fullmatch("[a-z]{2}", language) for language in entry.languages)
+
+
+def test_configurations_stand_for_the_stated_parameters() -> None:
+    """The numbers were published by others; the configurations were written down from their shapes."""
+    entries = [entry for entry in builtin_catalogue().entries.values() if entry.config]
+    assert len(entries) >= 40
+    for entry in entries:
+        counted = count_parameters_of(entry.config)
+        assert counted is not None, entry.name
+        assert counted.total == entry.num_parameters, entry.name
+
+
+def test_sizes_on_disk_are_those_of_the_weights() -> None:
+    for entry in builtin_catalogue().entries.values():
+        weight_bytes = entry.num_parameters * DTYPE_BYTES[entry.dtype]
+        assert 0.95 < entry.size_bytes / weight_bytes < 2.05, entry.name  # dequantized ones are larger
+
+
+def test_scores_say_where_they_were_published() -> None:
+    scores = [score for entry in builtin_catalogue().entries.values() for score in entry.scores]
+    assert len(scores) >= 35
+    assert all(score.source.startswith("https://") for score in scores)
 
 
 def test_an_operators_own_catalogue(tmp_path: Path) -> None:
@@ -55,6 +110,20 @@ def test_an_operators_own_catalogue(tmp_path: Path) -> None:
         ('license = "MIT"', "", "incomplete"),
         ('license = "MIT"', 'license = "MIT"\ncolour = "red"', "colour"),
         ("num_parameters = 1", "num_parameters = 0", "size_bytes"),
+        ("num_parameters = 1", 'num_parameters = 1\ndefault_for = ["summarization"]', "default_for"),
+        ("num_parameters = 1", 'num_parameters = 1\nfamily = "plant"', "family"),
+        ("num_parameters = 1", 'num_parameters = 1\ndtype = "int3"', "dtype"),
+        ("num_parameters = 1", "num_parameters = 1\ncontext_tokens = -1", "context_tokens"),
+        (
+            "num_parameters = 1",
+            'num_parameters = 1\nscores = [{ benchmark = "b", metric = "m", value = nan, source = "https://x" }]',
+            "scores",
+        ),
+        (
+            "num_parameters = 1",
+            'num_parameters = 1\nscores = [{ benchmark = "b", metric = "m", value = 1.0, source = "hearsay" }]',
+            "scores",
+        ),
         ('kind = "pypi"', 'kind = "ftp"', "kind"),
         ('package = "p"', 'package = "--index-url=x"', "package"),
         ('version = "1"', 'version = "1 --pre"', "version"),

@@ -1,0 +1,243 @@
+"""CreateModel and ExportModel: new models from configurations, and models given away. Event loop; no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+from google.protobuf import struct_pb2
+
+from slipstream.inference.v1 import model_service_pb2 as pb2
+from slipstream.type.v1 import artifact_pb2, precision_pb2, progress_pb2
+from slipstream_server.errors import InvalidField
+from slipstream_server.inference.creation import CreationPlan, CreationRequest, ModelCreation
+from slipstream_server.inference.exports import DEFAULT_SHARD_BYTES, ExportRequest, Exports, chunks_of
+from slipstream_server.inference.generation import AdapterPin
+from slipstream_server.inference.library import Library
+from slipstream_server.models.facts import ModelFacts
+from slipstream_server.models.tool_process import ToolProgress
+from slipstream_server.resource_names import ModelName, check_id
+from slipstream_server.rpc.inference.convert import model_id
+from slipstream_server.rpc.request_context import caller
+from slipstream_server.storage.request_records import RequestKey
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+_MAX_DEPTH = 10
+_MAX_VALUES = 20_000
+_PROGRESS_EVERY_S = 0.5
+
+
+class ExportSource(Protocol):
+    """The rest of the service, as an export sees it."""
+
+    async def stored(self, model: str) -> tuple[Path, ModelFacts]:
+        """The prepared folder of a known model and its facts; ModelNotFound, WrongState where it is not here."""
+        ...
+
+    async def adapter(self, model: str, adapter: str) -> AdapterPin:
+        """The version that an adapter's name means now, as a request for ``model`` would get it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakingRooms:
+    """What CreateModel and ExportModel work with."""
+
+    library: Library
+    creation: ModelCreation
+    exports: Exports
+    source: ExportSource
+
+
+class ModelMaking:
+    """The methods that make files. ``ModelServicer`` inherits from it and gives it ``_making`` and ``_described``."""
+
+    _making: MakingRooms
+
+    async def _message(self, model: str) -> pb2.Model:
+        """The Model message of a known model, as GetModel would answer."""
+        raise NotImplementedError
+
+    async def CreateModel(self, request: pb2.CreateModelRequest, context: Context) -> pb2.Model:
+        name = check_id(request.model_id, "model_id")
+        key = _request_key("CreateModel", request)
+        if key is not None and not request.validate_only:
+            known = await self._making.library.answered(key)
+            if known is not None:
+                return await self._message(known)
+        plan = await self._making.creation.plan(creation_request(name, request))
+        if request.validate_only:
+            return _planned(plan)
+        await self._making.creation.begin(plan, key)
+        return await self._message(name)
+
+    async def ExportModel(
+        self, request: pb2.ExportModelRequest, context: Context
+    ) -> AsyncGenerator[pb2.ExportModelResponse, None]:
+        wanted = await self._export_request(request)
+        async with aclosing(_export(self._making.exports, wanted)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _export_request(self, request: pb2.ExportModelRequest) -> ExportRequest:
+        model = model_id(request.name, "name")
+        if not model:
+            raise InvalidField.of("name", "is required")
+        folder, facts = await self._making.source.stored(model)
+        shard = request.max_shard_bytes if request.HasField("max_shard_bytes") else DEFAULT_SHARD_BYTES
+        wanted = ExportRequest(
+            model=model,
+            folder=folder,
+            facts=facts,
+            data_type=data_type_word(request.data_type, "data_type"),
+            max_shard_bytes=shard,
+        )
+        wanted.check()
+        if not request.adapter:
+            return wanted
+        return replace(wanted, adapter=await self._making.source.adapter(model, request.adapter))
+
+
+async def _export(exports: Exports, request: ExportRequest) -> AsyncGenerator[pb2.ExportModelResponse, None]:
+    """Progress while the files are made, the header, the chunks. Closing it ends the work and removes the files."""
+    latest = _Latest()
+    opening = exports.open(request, latest.report)
+    entering = asyncio.create_task(opening.__aenter__(), name=f"export-{request.model}")
+    try:
+        async for progress in latest.until(entering):
+            yield pb2.ExportModelResponse(progress=progress_message(progress))
+        files = entering.result()
+        announced = [
+            artifact_pb2.ArtifactFile(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256) for file in files
+        ]
+        version = request.adapter.version if request.adapter else ""
+        header = pb2.ExportHeader(files=announced, model=str(ModelName(request.model)), adapter_version=version)
+        yield pb2.ExportModelResponse(header=header)
+        for index, file in enumerate(files):
+            async with aclosing(chunks_of(file)) as chunks:
+                async for offset, data in chunks:
+                    chunk = artifact_pb2.ArtifactChunk(file_index=index, offset_bytes=offset, data=data)
+                    yield pb2.ExportModelResponse(chunk=chunk)
+    finally:
+        await _closed(opening, entering)
+
+
+async def _closed(opening: Any, entering: asyncio.Task[Any]) -> None:
+    """Leave the export however far it came: cancelled in its making, it has cleaned up after itself."""
+    if not entering.done():
+        entering.cancel()
+        await asyncio.gather(entering, return_exceptions=True)
+    elif not entering.cancelled() and entering.exception() is None:
+        await opening.__aexit__(None, None, None)
+
+
+class _Latest:
+    """The newest progress, for a reader who may be slower than the work."""
+
+    def __init__(self) -> None:
+        self._progress: ToolProgress | None = None
+        self._changed = asyncio.Event()
+
+    def report(self, progress: ToolProgress) -> None:
+        self._progress = progress
+        self._changed.set()
+
+    async def until(self, work: asyncio.Task[Any]) -> AsyncIterator[ToolProgress]:
+        """What is reported until ``work`` is done, at most twice a second; a new stage at once."""
+        work.add_done_callback(lambda _: self._changed.set())
+        stage, last_s = "", 0.0
+        loop = asyncio.get_running_loop()
+        while not work.done():
+            await self._changed.wait()
+            self._changed.clear()
+            progress = self._progress
+            if progress is not None and (progress.stage != stage or loop.time() - last_s >= _PROGRESS_EVERY_S):
+                stage, last_s = progress.stage, loop.time()
+                yield progress
+
+
+def creation_request(name: str, request: pb2.CreateModelRequest) -> CreationRequest:
+    """What the message asks for; raises InvalidField for values that are no configuration."""
+    which = request.WhichOneof("configuration")
+    return CreationRequest(
+        model=name,
+        config_source=request.config_source if which == "config_source" else "",
+        config=plain_struct(request.config, "config") if which == "config" else None,
+        overrides=plain_struct(request.config_overrides, "config_overrides"),
+        tokenizer_source=request.tokenizer_source,
+        auto_class=request.auto_class,
+        data_type=data_type_word(request.data_type, "data_type") or "float32",
+        seed=request.seed if request.HasField("seed") else None,
+        owner=caller(),
+    )
+
+
+def data_type_word(value: int, field: str) -> str:
+    """The type's name as torch has it; empty where unspecified."""
+    if value == precision_pb2.DATA_TYPE_UNSPECIFIED:
+        return ""
+    if value not in precision_pb2.DataType.values():
+        raise InvalidField.of(field, f"{value} is no value of DataType")
+    return precision_pb2.DataType.Name(value).removeprefix("DATA_TYPE_").lower()  # type: ignore[arg-type]
+
+
+def plain_struct(struct: struct_pb2.Struct, field: str) -> dict[str, Any]:
+    """A Struct as plain values, numbers as the doubles they are. Raises InvalidField where it is too deep or long."""
+    budget = [_MAX_VALUES]
+    return {key: _plain(value, f"{field}.{key[:80]}", budget, _MAX_DEPTH) for key, value in struct.fields.items()}
+
+
+def _plain(value: struct_pb2.Value, path: str, budget: list[int], depth: int) -> Any:
+    budget[0] -= 1
+    if budget[0] < 0 or depth == 0:
+        raise InvalidField.of(path, f"is more than {_MAX_VALUES} values, or nested more than {_MAX_DEPTH} deep")
+    match value.WhichOneof("kind"):
+        case "struct_value":
+            fields: Mapping[str, struct_pb2.Value] = value.struct_value.fields
+            return {key: _plain(item, f"{path}.{key[:80]}", budget, depth - 1) for key, item in fields.items()}
+        case "list_value":
+            return [_plain(item, path, budget, depth - 1) for item in value.list_value.values]
+        case "number_value":
+            return value.number_value
+        case "string_value":
+            return value.string_value
+        case "bool_value":
+            return value.bool_value
+        case _:
+            return None
+
+
+def progress_message(progress: ToolProgress) -> progress_pb2.Progress:
+    """The contract's Progress."""
+    return progress_pb2.Progress(
+        stage=progress.stage, completed_count=progress.done, total_count=progress.total, unit=progress.unit
+    )
+
+
+def _request_key(method: str, request: pb2.CreateModelRequest) -> RequestKey | None:
+    if not request.request_id:
+        return None
+    asked = pb2.CreateModelRequest()
+    asked.CopyFrom(request)
+    data = asked.SerializeToString(deterministic=True)
+    return RequestKey.of(owner=caller(), method=method, request_id=request.request_id, request=data)
+
+
+def _planned(plan: CreationPlan) -> pb2.Model:
+    """The model as it would be."""
+    return pb2.Model(
+        name=str(ModelName(plan.request.model)),
+        state=pb2.Model.STATE_CREATING,
+        state_message="checked only; nothing was made",
+        parameter_count=plan.num_parameters,
+        architecture=plan.architecture,
+        base_model=plan.base_model,
+        disk_bytes=plan.weight_bytes,
+        owner=plan.request.owner,
+    )
