@@ -88,7 +88,8 @@ class _ServiceConfig:
 class InferenceConfig(_ServiceConfig):
     """The inference front and its workers."""
 
-    models: tuple[str, ...] = setting((), "models to load at start: SOURCE or NAME=SOURCE")
+    models: tuple[str, ...] = setting((), "models to load at start, and to keep loaded: SOURCE or NAME=SOURCE")
+    database_url: str | None = setting(None, "SQLAlchemy URL of the list of models; unset: SQLite in data_dir")
     default_model: str | None = setting(None, "model of requests that name none; unset: the first of models")
     model_roots: tuple[Path, ...] = setting((), "folders below which clients may name model folders")
     tokenizer: str | None = setting(None, "tokenizer source; unset: the model's own")
@@ -113,6 +114,9 @@ class InferenceConfig(_ServiceConfig):
         256 * 1024, "text and ids kept for a slow reader of one stream", minimum=4096, maximum=1 << 30
     )
     memory_fraction: float = setting(0.9, "share of the device's memory that serving may use", minimum=0.01, maximum=1)
+    memory_budget_bytes: int | None = setting(
+        None, "memory that all models may hold together on each device; unset: memory_fraction of it", minimum=1 << 20
+    )
     threads: int | None = setting(None, "CPU threads of a worker; unset: torch's choice", minimum=1, maximum=1_024)
     adapter_slots: int = setting(
         8, "adapters held on a model's device at once; 0: models are served without", minimum=0, maximum=1_024

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Final, cast, get_args
 
 from slipstream_server.errors import UnsupportedField
 from slipstream_server.inference.worker_config import EngineName
 from slipstream_server.models.facts import Family, ModelFacts
 
-PADDED, CONTINUOUS, TASKS, NULL = "padded", "continuous", "tasks", "null"
+PADDED: Final = "padded"
+CONTINUOUS: Final = "continuous"
+TASKS: Final = "tasks"
+NULL: Final = "null"
 BUILT: frozenset[str] = frozenset(get_args(EngineName))
 
 _TASKS_BY_ENDING = {
@@ -35,7 +38,7 @@ def engine_for(facts: ModelFacts, asked: str, configured: str) -> EngineName:
         )
     if asked == PADDED or not runs_continuously(facts) or (not asked and configured == PADDED):
         return PADDED
-    return CONTINUOUS  # type: ignore[return-value]  # in the Literal wherever it is BUILT
+    return cast(EngineName, CONTINUOUS)
 
 
 def runs_continuously(facts: ModelFacts) -> bool:
@@ -67,7 +70,7 @@ def _engine_without_generation(facts: ModelFacts, asked: str) -> EngineName:
         raise UnsupportedField.of(
             "name", f"a {kind(facts)} has no head to generate with, and this build serves no other"
         )
-    return TASKS  # type: ignore[return-value]  # as above
+    return cast(EngineName, TASKS)
 
 
 def _tells_entailment(facts: ModelFacts) -> bool:

@@ -35,7 +35,7 @@ def footprint(plan: ModelPlan, capacity: Mapping[str, int]) -> dict[str, int]:
         return {}
     devices = devices_of(plan.worker.load, capacity)
     share = -(-_weights_and_cache(plan, on_cpu=devices == (CPU,)) // max(1, len(devices)))
-    return {device: share + _PROCESS_BYTES for device in devices}
+    return dict.fromkeys(devices, share + _PROCESS_BYTES)
 
 
 def _weights_and_cache(plan: ModelPlan, *, on_cpu: bool) -> int:

@@ -223,6 +223,14 @@ class InferenceFront:
         """When a request last came for a served model, on ``time.monotonic``'s clock; at first when it was added."""
         return self._models[name].last_used_s
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a model of this name, served or not."""
+        return name in self._expected or name in self._models
+
+    def has_given_up(self, name: str) -> bool:
+        """Whether a served model FAILED to load, and is not tried again."""
+        return name in self._models and self._models[name].supervisor.has_given_up
+
     def is_served(self, name: str) -> bool:
         """Whether a model is between ``add_model`` and its removal."""
         return name in self._models

@@ -1,12 +1,12 @@
 """The models that the service knows, as they are stored: what is wanted, where it comes from, who registered it.
 
-Every change is one transaction and is seen in ``records`` once it is on disk. Knows neither workers nor memory. Lives on
-the service's event loop.
+Every change is one transaction and is seen in ``records`` once it is on disk. Knows neither workers nor memory. Lives
+on the service's event loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -65,11 +65,16 @@ class StoredModel(NewModel):
 
 
 class Library:
-    """The models of one database. ``records`` has all of them by name, as this process knows them."""
+    """The models of one database.
+
+    ``records`` has all of them by name, as this process knows them; ``on_change`` hears of each
+    that was added or changed.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self.records: dict[str, StoredModel] = {}
+        self.on_change: Callable[[str], None] = lambda name: None
 
     async def read(self) -> None:
         """Fill ``records``."""
@@ -103,7 +108,7 @@ class Library:
             await _remember(session, key, new.id)
             await session.flush()
             record = _stored(row)
-        self.records[new.id] = record
+        self._keep(record)
         return record
 
     async def change(
@@ -120,8 +125,12 @@ class Library:
             await _remember(session, key, name)
             await session.flush()
             record = _stored(row)
-        self.records[name] = record
+        self._keep(record)
         return record
+
+    def _keep(self, record: StoredModel) -> None:
+        self.records[record.id] = record
+        self.on_change(record.id)
 
     async def fail(self, name: str, error: SlipstreamError) -> StoredModel:
         """Keep why the last attempt failed."""

@@ -102,8 +102,7 @@ class ServedModel:
             self._encoder = await PromptEncoder.load(self.plan.folder, threads)
         except SlipstreamError as error:
             _log.error("model %s: %s", self.plan.name, error.message)
-            self.supervisor.fail(error)
-            await asyncio.Event().wait()
+            await self.supervisor.give_up(error)
         await self.supervisor.run()
 
     def _not_ready(self) -> SlipstreamError:

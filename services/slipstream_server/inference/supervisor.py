@@ -14,6 +14,7 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import StrEnum
 
 from slipstream_server.errors import ModelNotReady, SlipstreamError, WorkerDied
@@ -22,6 +23,7 @@ from slipstream_server.inference.generation import Event, LoadFailed, Loading, R
 from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.inference.worker_process import WorkerGone, WorkerLaunch, WorkerProcess, spawn_worker
+from slipstream_server.storage.columns import utc_now
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ class ModelStatus:
     stage: str = ""
     error: SlipstreamError | None = None
     ready: Ready | None = None
+    ready_time: datetime | None = None
     stats: Stats | None = None
     num_deaths: int = 0
     worker_pid: int | None = None
@@ -100,6 +103,7 @@ class WorkerSupervisor:
         self._deaths_in_a_row = 0
         self._ready_at_s: float | None = None
         self._was_ready = False
+        self.has_given_up = False
 
     @property
     def retry_after_s(self) -> float:
@@ -121,6 +125,12 @@ class WorkerSupervisor:
         """The model cannot answer: say so, and end what waits for it."""
         self._change(state=ModelState.FAILED, error=error, worker_pid=None)
         self._dispatcher.fail_all(error)
+
+    async def give_up(self, error: SlipstreamError) -> None:
+        """The model cannot answer, and trying again would not help. Never returns."""
+        self.has_given_up = True
+        self.fail(error)
+        await asyncio.Event().wait()
 
     def unloading(self) -> None:
         self._change(state=ModelState.UNLOADING)
@@ -145,7 +155,9 @@ class WorkerSupervisor:
             case Ready():
                 self._was_ready = True
                 self._ready_at_s = time.monotonic()
-                self._change(state=ModelState.READY, progress=1.0, stage="", error=None, ready=event)
+                self._change(
+                    state=ModelState.READY, progress=1.0, stage="", error=None, ready=event, ready_time=utc_now()
+                )
                 _log.info("model %s is ready on %s", self.status.model, event.device)
                 self._dispatcher.connect(worker.send)
             case LoadFailed():
@@ -177,7 +189,7 @@ class WorkerSupervisor:
         if self._was_ready:
             await asyncio.sleep(self._policy.slow_retry_s)
         else:
-            await asyncio.Event().wait()
+            await self.give_up(error)
 
     def _change(self, **changes: object) -> None:
         self.status = replace(self.status, **changes)  # type: ignore[arg-type]

@@ -14,19 +14,22 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
 from slipstream_server.errors import InternalError, SlipstreamError
 from slipstream_server.inference.engine.core import Engine
-from slipstream_server.inference.generation import Cancel, EndSequence, LoadFailed, Loading, Shutdown, Submit
+from slipstream_server.inference.generation import Cancel, EndSequence, LoadFailed, Loading, Ready, Shutdown, Submit
 from slipstream_server.inference.worker_channel import Channel, Gone
 from slipstream_server.inference.worker_config import WorkerConfig, decode_config
 from slipstream_server.logs import configure_logging
+from slipstream_server.models.priority import lower_thread, lowered_group
 
 logger = logging.getLogger(__name__)
 
 EXIT_LOAD_FAILED = 3
+_LOAD_POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,11 +64,30 @@ class Worker:
 
             self._engine, ready = NullEngine(), null_facts()
         else:
-            from slipstream_server.inference.engine.assembly import assemble
-
-            self._engine, ready = assemble(config, self._report, self.poll)
+            self._engine, ready = self._assemble(config)
         self._channel.send([Loading(1.0, "ready"), ready])
         logger.info("worker ready: %s engine on %s, %s", config.engine, ready.device, ready.dtype)
+
+    def _assemble(self, config: WorkerConfig) -> tuple[Engine, Ready]:
+        """Importing, reading and packing happen in a thread that waits for all others, so that a model that loads does
+        not slow those down that answer; the engine's own threads come later and are like any.
+        """
+
+        def assemble_in_background() -> tuple[Engine, Ready]:
+            from slipstream_server.inference.engine.assembly import assemble
+
+            return assemble(config, self._report, self.poll)
+
+        background = ThreadPoolExecutor(1, "load", initializer=lower_thread)
+        try:
+            with lowered_group():
+                loading = background.submit(assemble_in_background)
+                while not loading.done():
+                    if not self._obey(_LOAD_POLL_S):
+                        raise SystemExit(0)
+                return loading.result()
+        finally:
+            background.shutdown(wait=False)
 
     def _report(self, fraction: float, stage: str) -> None:
         self._channel.send([Loading(fraction, stage)])

@@ -1,0 +1,418 @@
+"""Models as a managed resource: loaded, unloaded and deleted as clients ask, and brought back after a restart.
+
+    load()   -> checked, recorded -> fetch -> plan -> room (others give way) -> front.add_model -> READY or FAILED
+    unload() -> recorded -> the running requests' grace -> the worker ends -> room is free
+
+What is asked for is recorded before the call returns; the rest is the work of one task a model, which the next one for
+the same model waits for. Decisions are taken one at a time. Event loop; ``run`` goes on as long as the service does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from slipstream_server.errors import (
+    InternalError,
+    InvalidField,
+    ResourceExists,
+    SlipstreamError,
+    WrongState,
+)
+from slipstream_server.inference.fetching import ModelFetcher, ModelFiles
+from slipstream_server.inference.front import InferenceFront, ModelPlan
+from slipstream_server.inference.library import Library, NewModel, StoredModel
+from slipstream_server.inference.load_choice import LoadChoice
+from slipstream_server.inference.model_places import client_place, operator_place
+from slipstream_server.inference.plans import ServingDefaults, plan_of
+from slipstream_server.inference.room import DeviceRoom
+from slipstream_server.inference.supervisor import ModelState, ModelStatus
+from slipstream_server.inference.worker_errors import error_of
+from slipstream_server.models.progress import PullProgress
+from slipstream_server.storage.columns import utc_now
+from slipstream_server.storage.request_records import RequestKey
+
+log = logging.getLogger(__name__)
+
+_IN_MEMORY = frozenset({ModelState.LOADING, ModelState.READY, ModelState.RESTARTING})
+_AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadWish:
+    """What a client asks of LoadModel; None is "as it was"."""
+
+    name: str
+    source: str = ""
+    revision: str = ""
+    options: LoadChoice | None = None
+    pinned: bool | None = None
+    owner: str = "anonymous"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelView:
+    """All there is to tell of a model. ``needed_bytes``: what loading it would take, where that was asked."""
+
+    record: NewModel
+    status: ModelStatus
+    plan: ModelPlan | None = None
+    files: ModelFiles | None = None
+    change_time: datetime | None = None
+    needed_bytes: int = 0
+
+
+class ModelLoads:
+    """The models of one service; see the module's docstring."""
+
+    def __init__(
+        self,
+        front: InferenceFront,
+        library: Library,
+        fetcher: ModelFetcher,
+        room: DeviceRoom,
+        defaults: ServingDefaults,
+    ) -> None:
+        self._front = front
+        self.library = library
+        self._fetcher = fetcher
+        self.room = room
+        self._defaults = defaults
+        self._deciding = asyncio.Lock()
+        self._work: dict[str, asyncio.Task[None]] = {}
+        self._files: dict[str, ModelFiles] = {}
+        self._changes: dict[str, datetime] = {}
+
+    # Life.
+
+    async def begin(self, at_start: Mapping[str, str]) -> None:
+        """Read what is known, note what the operator's flags name (name -> source), and announce what is to come."""
+        await self.library.read()
+        await self._note_flags(at_start)
+        for record in self.library.records.values():
+            self._show(record)
+        self.library.on_change = self._recorded
+
+    async def run(self) -> None:
+        """Bring back what is wanted, and keep record of what becomes of every load. Never returns."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._follow(), name="model-states")
+                tasks.create_task(self._restore(), name="model-restore")
+        finally:
+            for task in self._work.values():
+                task.cancel()
+            await asyncio.gather(*self._work.values(), return_exceptions=True)
+            self._fetcher.close()
+
+    async def _note_flags(self, at_start: Mapping[str, str]) -> None:
+        for name, spec in at_start.items():
+            place = operator_place(spec)
+            record = self.library.records.get(name)
+            wanted: dict[str, Any] = {"at_start": True, "wanted": True, "pinned": True}
+            if record is None:
+                new = NewModel(id=name, source=place.source, locator=place.locator, by_operator=True, **wanted)
+                await self.library.add(new)
+            elif record.locator != place.locator:
+                wanted |= {"source": place.source, "locator": place.locator, "by_operator": True, "folder": ""}
+                await self.library.change(name, **wanted)
+            elif any(getattr(record, key) != value for key, value in wanted.items()):
+                await self.library.change(name, **wanted)
+        for name, record in list(self.library.records.items()):
+            if record.at_start and name not in at_start:
+                await self.library.change(name, at_start=False, wanted=False, pinned=False)
+
+    def _recorded(self, name: str) -> None:
+        """A record has changed, perhaps by the hand of whoever makes models."""
+        record = self.library.records.get(name)
+        if record is not None:
+            is_new = not self._front.knows(name)
+            if record.creating or is_new or self._front.status(name).state is ModelState.CREATING:
+                self._show(record)
+        self._front.notify()
+
+    def _show(self, record: StoredModel) -> None:
+        """The state of a model that nothing was done for yet."""
+        if record.creating:
+            self._front.rest(record.id, ModelState.CREATING)
+        elif record.wanted:
+            self._front.announce(record.id)
+        elif record.error_reason:
+            self._front.give_up(record.id, error_of(record.error_reason, record.error_message))
+        else:
+            self._front.rest(record.id)
+
+    async def _restore(self) -> None:
+        """One after the other: the operator's, the pinned, then what was loaded last."""
+        for record in sorted(self.library.records.values(), key=_restored_first):
+            current = self.library.records.get(record.id)
+            if current is not None and current.wanted and record.id not in self._work:
+                await asyncio.wait({self._start(record.id, may_evict=False)})
+
+    async def _follow(self) -> None:
+        seen: dict[str, ModelState] = {}
+        async for statuses in self._front.subscribe():
+            for status in statuses:
+                if seen.get(status.model) is not status.state:
+                    self._changes[status.model] = utc_now()
+                    await self._became(status)
+            seen = {status.model: status.state for status in statuses}
+
+    async def _became(self, status: ModelStatus) -> None:
+        name = status.model
+        if status.state is ModelState.READY and status.ready is not None:
+            self.room.settle(name, status.ready.memory_bytes)
+            await self._note(name, load_time=status.ready_time)
+        elif status.state is ModelState.FAILED and status.error is not None and self._front.has_given_up(name):
+            await self._front.remove_failed(name, status.error)
+            await self.room.release(name)
+            await self._note(name, status.error)
+        elif status.state is ModelState.UNLOADED and name not in self._files:
+            await self._learn(name)
+
+    async def _learn(self, name: str) -> None:
+        """Read what the prepared folder of a model tells, where it has one."""
+        record = self.library.records.get(name)
+        if record and (folder := record.known_folder) and (files := await self._fetcher.look_into(folder)):
+            self._files[name] = files
+            self._front.notify()
+
+    # What there is.
+
+    def view(self, name: str) -> ModelView:
+        """One model (empty: the default one). Raises ModelNotFound."""
+        name = name or self._front.status("").model
+        return self._view(self.library.get(name), self._front.status(name))
+
+    def views(self) -> Iterator[ModelView]:
+        """All models by name."""
+        for status in self._front.models():
+            if (record := self.library.records.get(status.model)) is not None:
+                yield self._view(record, status)
+
+    def _view(self, record: StoredModel, status: ModelStatus) -> ModelView:
+        plan = self._front.plan(record.id) if self._front.is_served(record.id) else None
+        files, changed = self._files.get(record.id), self._changes.get(record.id)
+        return ModelView(record=record, status=status, plan=plan, files=files, change_time=changed)
+
+    # Loading.
+
+    async def load(self, wish: LoadWish, *, key: RequestKey | None = None, validate_only: bool = False) -> ModelView:
+        """Record that a model is wanted, and begin to bring it. Raises what LoadModel's contract says."""
+        if wish.options is not None:
+            wish.options.check()
+        async with self._deciding:
+            if key is not None and (known := await self.library.answered(key)) is not None:
+                return self.view(known)
+            model = await self._wished(wish)
+            record = self.library.records.get(wish.name)
+            is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
+            needed = {} if is_coming else await self._check(model)
+            if validate_only:
+                return self._would_be(model, sum(needed.values()))
+            await self._record(model, record, key)
+            if not is_coming:
+                self._start(wish.name)
+        return self.view(wish.name)
+
+    def _would_be(self, model: NewModel, needed_bytes: int) -> ModelView:
+        is_known = model.id in self.library.records
+        status = self._front.status(model.id) if is_known else ModelStatus(model=model.id, state=ModelState.UNLOADED)
+        return ModelView(record=model, status=status, files=self._files.get(model.id), needed_bytes=needed_bytes)
+
+    async def _wished(self, wish: LoadWish) -> NewModel:
+        """The model as it would be recorded. Raises ResourceExists or WrongState where that contradicts what is."""
+        record = self.library.records.get(wish.name)
+        if record is None:
+            place = await asyncio.to_thread(client_place, wish.source or wish.name, wish.revision, self._fetcher.roots)
+            return NewModel(
+                id=wish.name, source=place.source, locator=place.locator, revision=wish.revision, owner=wish.owner,
+                options=wish.options, pinned=bool(wish.pinned), wanted=True,
+            )  # fmt: skip
+        if wish.source and wish.source not in (record.source, record.locator):
+            raise ResourceExists(f"source: a model {wish.name!r} exists, from {record.source[:100]!r}")
+        if wish.revision and wish.revision != record.revision:
+            raise ResourceExists(f"revision: a model {wish.name!r} exists, of revision {record.revision[:100]!r}")
+        self._refuse_other_options(record, wish.options)
+        pinned = record.pinned if wish.pinned is None else wish.pinned
+        return replace(record, options=wish.options or record.options, pinned=pinned, wanted=True)
+
+    def _refuse_other_options(self, record: StoredModel, options: LoadChoice | None) -> None:
+        state = self._front.status(record.id).state
+        if state is ModelState.CREATING:
+            raise WrongState(f"model {record.id} is being made", metadata={"state": state.upper()})
+        if state in _IN_MEMORY and options is not None and options != (record.options or LoadChoice()):
+            raise WrongState(
+                f"model {record.id} is {state} with other options; unload it first", metadata={"state": state.upper()}
+            )
+
+    async def _check(self, model: NewModel) -> dict[str, int]:
+        """What it would take, by device, where its files are here already; nothing where they are not."""
+        found = await self._fetcher.at_hand(model)
+        options = model.options or LoadChoice()
+        _check_device(options.device, self.room.capacity)
+        if found is None:
+            return {}
+        prepared, files = found
+        plan = plan_of(model.id, model.source, prepared, files.facts, options, self._defaults)
+        return {} if model.at_start else self.room.check(plan, options.memory_fraction)
+
+    async def _record(self, model: NewModel, record: StoredModel | None, key: RequestKey | None) -> None:
+        if record is None:
+            await self.library.add(model, key=key)
+            return
+        changes = {name: getattr(model, name) for name in ("options", "pinned", "wanted")}
+        is_new = any(getattr(record, name) != value for name, value in changes.items())
+        await self.library.change(record.id, key=key, counts=is_new, **changes)
+
+    def _start(self, name: str, *, may_evict: bool = True) -> asyncio.Task[None]:
+        if not self._front.is_served(name):
+            self._front.announce(name)
+        return self._begin(name, self._bring(name, self._work.get(name), may_evict=may_evict))
+
+    async def _bring(self, name: str, before: asyncio.Task[None] | None, *, may_evict: bool) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            if self._front.is_served(name):
+                await self._front.remove_model(name)
+            self._front.announce(name)
+            record = self.library.get(name)
+            plan = await self._fetched(record)
+            fraction = (record.options or LoadChoice()).memory_fraction
+            await self.room.take(plan, fraction, self._evict_for(name), may_evict=may_evict, must_come=record.at_start)
+            self._front.add_model(plan)
+        except SlipstreamError as error:
+            log.error("model %s cannot be served: %s", name, error.message)
+            await self._failed(name, error)
+        except asyncio.CancelledError:
+            self.room.budget.release(name)
+            raise
+        except Exception:
+            log.exception("model %s cannot be served", name)
+            await self._failed(name, InternalError(f"model {name} could not be prepared; the log tells why"))
+
+    async def _fetched(self, record: StoredModel) -> ModelPlan:
+        def report(progress: PullProgress) -> None:
+            fraction = progress.done_bytes / progress.total_bytes if progress.total_bytes else 0.0
+            self._front.report(record.id, str(progress.stage), fraction)
+
+        prepared, files = await self._fetcher.fetch(record, report)
+        self._files[record.id] = files
+        options = record.options or LoadChoice()
+        plan = plan_of(record.id, record.source, prepared, files.facts, options, self._defaults)
+        where: dict[str, Any] = {"resolved_source": prepared.source, "resolved_revision": prepared.revision}
+        await self._note(record.id, folder=str(prepared.folder), error_reason="", error_message="", **where)
+        return plan
+
+    async def _failed(self, name: str, error: SlipstreamError) -> None:
+        self._front.give_up(name, error)
+        await self.room.release(name)
+        await self._note(name, error)
+
+    def _evict_for(self, newcomer: str) -> Any:
+        async def evict(victims: tuple[str, ...]) -> None:
+            log.info("models %s make room for %s", ", ".join(victims), newcomer)
+            tasks = {self._take_out(name, 0.0, f"unloaded to make room for {newcomer}") for name in victims}
+            await asyncio.wait(tasks)
+            for name in victims:
+                await self._note(name, wanted=False)
+
+        return evict
+
+    # Unloading.
+
+    async def unload(self, name: str, *, grace_s: float, force: bool = False, etag: str = "") -> ModelView:
+        """Take a model out of memory. Raises ModelNotFound, WrongState, StaleEtag."""
+        async with self._deciding:
+            record, state = self.library.get(name), self._front.status(name).state
+            if state is ModelState.CREATING:
+                raise WrongState(f"model {name} is being made", metadata={"state": state.upper()})
+            if record.pinned and not force and state is not ModelState.UNLOADED:
+                raise WrongState(f"model {name} is pinned; set force to unload it all the same")
+            pinned = record.pinned and not force
+            is_new = (record.wanted, record.pinned) != (False, pinned)
+            cleared: dict[str, Any] = {"error_reason": "", "error_message": ""}
+            await self.library.change(name, etag=etag, counts=is_new, wanted=False, pinned=pinned, **cleared)
+            if state is not ModelState.UNLOADING:
+                self._take_out(name, grace_s)
+        return self.view(name)
+
+    def _take_out(self, name: str, grace_s: float, note: str = "") -> asyncio.Task[None]:
+        """End what is done to bring a model, and its worker; the task returns when both are gone."""
+        before = self._work.get(name)
+        if before is not None:
+            before.cancel()
+        if self._front.is_served(name):
+            self._front.begin_unloading(name)
+        else:
+            self._front.rest(name, note=note)
+        return self._begin(name, self._end(name, before, grace_s, note))
+
+    async def _end(self, name: str, before: asyncio.Task[None] | None, grace_s: float, note: str) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        try:
+            if self._front.is_served(name):
+                await self._front.remove_model(name, grace_s=grace_s)
+        finally:
+            self._front.rest(name, note=note)
+            await self.room.release(name)
+
+    async def delete(self, name: str, *, etag: str = "") -> None:
+        """Forget an unloaded model, and its files where the service made them. ModelNotFound, WrongState, StaleEtag."""
+        async with self._deciding:
+            record, state = self.library.get(name), self._front.status(name).state
+            if state not in _AT_REST:
+                raise WrongState(f"model {name} is {state}; unload it first", metadata={"state": state.upper()})
+            await self.library.remove(name, etag=etag)
+            if self._front.is_served(name):
+                await self._front.remove_model(name)
+                await self.room.release(name)
+            self._front.forget(name)
+            self._files.pop(name, None)
+        if record.owns_folder and (folder := record.known_folder) is not None:
+            await asyncio.to_thread(_remove_below, self._fetcher.own_root, folder)
+
+    # Bookkeeping.
+
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work, name=f"model-work-{name}")
+        self._work[name] = task
+        task.add_done_callback(lambda done: self._work.pop(name) if self._work.get(name) is done else None)
+        return task
+
+    async def _note(self, name: str, error: SlipstreamError | None = None, **changes: Any) -> None:
+        """Keep what happened. Serving goes on where the database cannot be written."""
+        if error is not None:
+            changes |= {"error_reason": error.reason, "error_message": error.message}
+        try:
+            if name in self.library.records:
+                await self.library.change(name, counts=False, **changes)
+        except SlipstreamError as failure:
+            log.warning("model %s: what became of it could not be stored: %s", name, failure.message)
+
+
+def _restored_first(record: StoredModel) -> tuple[bool, bool, float]:
+    return not record.at_start, not record.pinned, -(record.load_time.timestamp() if record.load_time else 0.0)
+
+
+def _check_device(device: str, capacity: Mapping[str, int]) -> None:
+    if device.startswith("cuda") and (device if ":" in device else "cuda:0") not in capacity:
+        raise InvalidField.of("options.device", f"{device!r}: this machine has {', '.join(capacity)}")
+
+
+def _remove_below(root: Path, folder: Path) -> None:
+    """Remove a folder that the service made; never anything else."""
+    if folder.is_symlink() or folder.resolve().parent != root.resolve():
+        log.error("a model's folder lies outside the service's own; it stays")
+        return
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(folder)
