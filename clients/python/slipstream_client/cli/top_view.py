@@ -216,7 +216,7 @@ def bar(fraction: float, glyphs: Glyphs, width: int = BAR_WIDTH) -> Text:
     """How full something is, 0 to 1; anything above nothing shows."""
     cells = min(width, max(round(fraction * width), 1 if fraction > 0 else 0))
     colour = "red" if fraction > 0.9 else "yellow" if fraction > 0.7 else "green"
-    return Text(glyphs.full * cells, colour).append(glyphs.empty * (width - cells), "dim")
+    return Text().append(glyphs.full * cells, colour).append(glyphs.empty * (width - cells), "dim")
 
 
 def sparkline(values: Iterable[float], glyphs: Glyphs, width: int = SPARK_WIDTH) -> str:
