@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 from tests.e2e.tiny_model import write_tiny_model
 
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
@@ -148,3 +150,20 @@ async def model_service(
             await asyncio.gather(running, return_exceptions=True)
         await front.close()
         await database.close()
+
+
+def error_info(error: grpc.aio.AioRpcError) -> tuple[str, str]:
+    """Code and reason."""
+    return error.code().name, _info(error).reason
+
+
+def error_metadata(error: grpc.aio.AioRpcError) -> dict[str, str]:
+    return dict(_info(error).metadata)
+
+
+def _info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
+    status = rpc_status.from_call(error)
+    assert status is not None
+    info = error_details_pb2.ErrorInfo()
+    assert any(detail.Unpack(info) for detail in status.details)
+    return info
