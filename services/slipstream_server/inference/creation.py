@@ -38,7 +38,7 @@ from slipstream_server.models.configurations import Configurations, tokenizer_fi
 from slipstream_server.models.counting import count_parameters_anywhere
 from slipstream_server.models.estimate import DTYPE_BYTES
 from slipstream_server.models.folder import FAST_TOKENIZER, PROVENANCE
-from slipstream_server.models.tool_process import ToolProgress, run_tool
+from slipstream_server.models.tool_process import run_tool
 from slipstream_server.storage.columns import DEFAULT_OWNER
 from slipstream_server.storage.request_records import RequestKey
 
@@ -51,6 +51,8 @@ _MAX_SEED = 2**63 - 1
 # What Python and torch take, and what saving takes beside the weights.
 _PROCESS_BYTES = 500 * 1024**2
 _MAKING = ".making-"
+# How far a model is when a stage begins.
+_STAGES = {"initialising": 0.2, "saving": 0.6, "saving the tokenizer": 0.9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,25 +86,21 @@ class CreationPlan:
 
 
 class ModelCreation:
-    """Plans and makes. ``on_change`` is called whenever the state or progress of a model that is being made changes."""
+    """Plans and makes. ``report`` gets a model, what is being done with it, and how far that is, 0 to 1."""
 
     def __init__(
         self,
         library: Library,
         configurations: Configurations,
         root: Path,
-        on_change: Callable[[], None] = lambda: None,
+        report: Callable[[str, str, float], None] = lambda model, stage, fraction: None,
     ) -> None:
         self._library = library
         self._configurations = configurations
         self._root = root
-        self._on_change = on_change
+        self._report = report
         self._waiting: asyncio.Queue[CreationPlan] = asyncio.Queue(_MAX_WAITING)
-        self._progress: dict[str, ToolProgress] = {}
-
-    def progress_of(self, model: str) -> ToolProgress | None:
-        """How far the making of ``model`` is; None where it is not being made."""
-        return self._progress.get(model)
+        self._pending: set[str] = set()
 
     async def plan(self, request: CreationRequest) -> CreationPlan:
         """Check a request against its architecture, its tokenizer and this machine. Nothing is changed.
@@ -158,8 +156,9 @@ class ModelCreation:
             ),
             key=key,
         )
-        self._tell(name, ToolProgress(stage="waiting"))
+        self._pending.add(name)
         self._waiting.put_nowait(plan)
+        self._report(name, "waiting", 0.0)
         return record
 
     async def run(self) -> None:
@@ -172,7 +171,7 @@ class ModelCreation:
     async def _recover(self) -> None:
         await asyncio.to_thread(_remove_leftovers, self._root)
         for name, record in list(self._library.records.items()):
-            if not record.creating or name in self._progress:
+            if not record.creating or name in self._pending:
                 continue
             if (self._root / name / PROVENANCE).is_file():
                 await self._library.change(name, creating=False, folder=str(self._root / name))
@@ -181,9 +180,6 @@ class ModelCreation:
 
     async def _make(self, plan: CreationPlan) -> None:
         name = plan.request.model
-        if name not in self._library.records:
-            self._progress.pop(name, None)
-            return
         try:
             folder = await self._made(plan)
             await self._library.change(name, creating=False, folder=str(folder))
@@ -194,13 +190,13 @@ class ModelCreation:
             _log.exception("model %s could not be made", name)
             await self._failed(name, InternalError("the model could not be made; the log tells why"))
         finally:
-            self._progress.pop(name, None)
-            self._on_change()
+            self._pending.discard(name)
 
     async def _failed(self, name: str, error: SlipstreamError) -> None:
         _log.warning("model %s could not be made: %s", name, error.message)
-        await self._library.fail(name, error)
-        await self._library.change(name, creating=False, counts=False)
+        await self._library.change(
+            name, counts=False, creating=False, error_reason=error.reason, error_message=error.message
+        )
 
     async def _made(self, plan: CreationPlan) -> Path:
         """The folder, complete and in its place."""
@@ -222,15 +218,11 @@ class ModelCreation:
                     "tokenizer_files": tokenizer_files(plan.tokenizer) if plan.tokenizer else [],
                 },
                 timeout_s=_CREATE_TIMEOUT_S,
-                report=lambda progress: self._tell(name, progress),
+                report=lambda progress: self._report(name, progress.stage, _STAGES.get(progress.stage, 0.0)),
             )
             return await asyncio.to_thread(_put_in_place, partial, self._root / name, _provenance(plan, answer))
         finally:
             await asyncio.shield(asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True))
-
-    def _tell(self, name: str, progress: ToolProgress) -> None:
-        self._progress[name] = progress
-        self._on_change()
 
     async def _base(self, request: CreationRequest) -> tuple[str, dict[str, Any], Path | None]:
         """Name, configuration and folder of what the model is made from."""

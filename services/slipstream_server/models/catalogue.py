@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,61}[a-z0-9])?")
 _PACKAGE = re.compile(r"[A-Za-z0-9]([-._A-Za-z0-9]{0,98}[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+]{0,63}")
 _DTYPES = ("float32", "bfloat16", "float16")
-_FAMILIES = ("", "encoder", "decoder", "encoder_decoder", "multimodal")
+_FAMILIES = ("", "encoder", "decoder", "encoder_decoder", "vision", "audio", "multimodal")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -81,7 +81,7 @@ class CatalogueEntry:
     """One model by name; ``sources`` in order of preference.
 
     ``config`` is what of its config.json decides its shape, empty where it is not kept here; ``default_for`` are the
-    tasks it is proposed for where nothing else is asked; ``family`` is told only where there is no ``config``.
+    tasks it is proposed for where nothing else is asked; ``family`` is told where ``config`` does not.
     """
 
     name: str
@@ -138,7 +138,9 @@ def _entry(name: str, table: Mapping[str, Any]) -> CatalogueEntry:
     _check(_NAME.fullmatch(name), name, "name", name)
     try:
         sources = tuple(_source(name, source) for source in table["sources"])
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in table.items()
+        }
         values["sources"] = sources
         values["scores"] = tuple(Score(**score) for score in table.get("scores", ()))
         entry = CatalogueEntry(name=name, **values)

@@ -1,6 +1,6 @@
 """The models that jobs may start from: by the name they are served under, or by their source.
 
-    models/tiny, tiny            what this machine serves under that name
+    models/tiny, tiny            what this machine serves under that name, or the inference service made under it
     smollm2-135m-instruct        an entry of the catalogue
     org/name                     a hub id
     /folder                      below one of the configured folders
@@ -17,7 +17,7 @@ from pathlib import Path
 from slipstream_server.errors import InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
 from slipstream_server.models.catalogue import builtin_catalogue
 from slipstream_server.models.facts import Family, ModelFacts, read_facts
-from slipstream_server.models.folder import fingerprint
+from slipstream_server.models.folder import PROVENANCE, fingerprint, is_plain_name
 from slipstream_server.models.hub import parse_hub_id
 from slipstream_server.models.sources import SourceOptions, resolve
 from slipstream_server.training.model_tokenizer import ModelTokenizer
@@ -46,11 +46,14 @@ class BaseModel:
 
 
 class BaseModels:
-    """Resolves names. ``served`` are the operator's own models by name, ``roots`` where clients may name folders."""
+    """Resolves names. ``served`` are the operator's own models by name, ``roots`` where clients may name folders, and
+    ``made`` has the models that the inference service of this machine made, each in a folder of its name.
+    """
 
-    def __init__(self, served: Mapping[str, str], roots: tuple[Path, ...]) -> None:
+    def __init__(self, served: Mapping[str, str], roots: tuple[Path, ...], made: Path | None = None) -> None:
         self._served = dict(served)
         self._roots = roots
+        self._made = made
 
     def resolve(self, spec: str, revision: str = "", *, field: str = "spec.base_model") -> BaseModel:
         """Raises ModelNotFound, InvalidField, and whatever fetching raises."""
@@ -92,10 +95,19 @@ class BaseModels:
             )
             name = source.partition("@")[0] if is_known_by_source else f"{_SERVED}{served_name}"
             return name, source, True
+        if (folder := self._made_folder(served_name)) is not None:
+            return f"{_SERVED}{served_name}", str(folder), True
         if spec.startswith(_SERVED):
             raise ModelNotFound(f"{field}: no model {served_name[:80]!a} is served on this machine")
         # A folder's place is nobody else's business; its name will do.
         return (Path(spec).name if spec.startswith("/") else spec.partition("@")[0]), spec, False
+
+    def _made_folder(self, name: str) -> Path | None:
+        """The folder of a made model; one that is still being made has another name."""
+        if self._made is None or not is_plain_name(name):
+            return None
+        folder = self._made / name
+        return folder if (folder / PROVENANCE).is_file() and not folder.is_symlink() else None
 
 
 def require_causal(base: BaseModel, field: str = "spec.base_model") -> None:

@@ -70,7 +70,7 @@ def test_every_entry_is_complete_and_can_be_a_models_name() -> None:
         assert entry.title, entry.name
         assert entry.description, entry.name
         assert entry.license, entry.name
-        assert bool(entry.config) != bool(entry.family), f"{entry.name} needs a config, or else a family"
+        assert entry.config or entry.family, f"{entry.name} needs a config, or else a family"
         assert any(isinstance(source, HubSource) for source in entry.sources)
         assert all(re.fullmatch("[a-z]{2}", language) for language in entry.languages)
 

@@ -7,19 +7,19 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grpc
 from google.protobuf import struct_pb2
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream.type.v1 import artifact_pb2, precision_pb2, progress_pb2
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import InvalidField, UnsupportedField, WrongState
 from slipstream_server.inference.creation import CreationPlan, CreationRequest, ModelCreation
 from slipstream_server.inference.exports import DEFAULT_SHARD_BYTES, ExportRequest, Exports, chunks_of
-from slipstream_server.inference.generation import AdapterPin
+from slipstream_server.inference.front import AdapterResolver
 from slipstream_server.inference.library import Library
-from slipstream_server.models.facts import ModelFacts
+from slipstream_server.models.facts import ModelFacts, read_facts
 from slipstream_server.models.tool_process import ToolProgress
 from slipstream_server.resource_names import ModelName, check_id
 from slipstream_server.rpc.inference.convert import model_id
@@ -33,30 +33,18 @@ _MAX_VALUES = 20_000
 _PROGRESS_EVERY_S = 0.5
 
 
-class ExportSource(Protocol):
-    """The rest of the service, as an export sees it."""
-
-    async def stored(self, model: str) -> tuple[Path, ModelFacts]:
-        """The prepared folder of a known model and its facts; ModelNotFound, WrongState where it is not here."""
-        ...
-
-    async def adapter(self, model: str, adapter: str) -> AdapterPin:
-        """The version that an adapter's name means now, as a request for ``model`` would get it."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MakingRooms:
-    """What CreateModel and ExportModel work with."""
+    """What CreateModel and ExportModel work with. ``resolve_adapter`` is None where no registry is configured."""
 
     library: Library
     creation: ModelCreation
     exports: Exports
-    source: ExportSource
+    resolve_adapter: AdapterResolver | None = None
 
 
 class ModelMaking:
-    """The methods that make files. ``ModelServicer`` inherits from it and gives it ``_making`` and ``_described``."""
+    """The methods that make files; a part of ``ModelServicer``, which gives it ``_making`` and ``_message``."""
 
     _making: MakingRooms
 
@@ -89,7 +77,7 @@ class ModelMaking:
         model = model_id(request.name, "name")
         if not model:
             raise InvalidField.of("name", "is required")
-        folder, facts = await self._making.source.stored(model)
+        folder, facts = await self._stored(model)
         shard = request.max_shard_bytes if request.HasField("max_shard_bytes") else DEFAULT_SHARD_BYTES
         wanted = ExportRequest(
             model=model,
@@ -101,7 +89,18 @@ class ModelMaking:
         wanted.check()
         if not request.adapter:
             return wanted
-        return replace(wanted, adapter=await self._making.source.adapter(model, request.adapter))
+        if self._making.resolve_adapter is None:
+            raise UnsupportedField.of("adapter", "this service has no adapter registry")
+        return replace(wanted, adapter=await self._making.resolve_adapter(model, request.adapter))
+
+    async def _stored(self, model: str) -> tuple[Path, ModelFacts]:
+        """The prepared folder of a known model, and its facts. Raises ModelNotFound, WrongState."""
+        record = self._making.library.get(model)
+        if record.creating:
+            raise WrongState(f"model {model} is being made", metadata={"state": "CREATING"})
+        if record.known_folder is None or not await asyncio.to_thread(record.known_folder.is_dir):
+            raise WrongState(f"model {model} has no files here yet; load it first", metadata={"state": "UNLOADED"})
+        return record.known_folder, await asyncio.to_thread(read_facts, record.known_folder)
 
 
 async def _export(exports: Exports, request: ExportRequest) -> AsyncGenerator[pb2.ExportModelResponse, None]:

@@ -74,7 +74,9 @@ async def run(settings: Settings) -> int:
             database=database,
             store=store,
             registry=AdapterRegistry(channel),
-            models=BaseModels(_served(settings), config.import_roots),
+            models=BaseModels(
+                _served(settings), config.import_roots, made=settings.common.data_dir / "inference" / "models"
+            ),
             folder=folder,
             shared=settings.common.data_dir,
             capacity_bytes=await asyncio.to_thread(device_memory),
