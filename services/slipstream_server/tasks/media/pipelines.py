@@ -1,0 +1,173 @@
+"""One of Transformers' pipelines, taken apart so that the engine can batch: preprocess, forward, postprocess.
+
+    input --read--> the pipeline's own input --preprocess--> tensors      prepare, on a helper thread
+    tensors of equal shapes --forward--> outputs, one row per input       run, on the engine's thread
+    outputs --postprocess--> plain Python --shape--> the typed result     finish, on a helper thread
+
+What a task adds stands in its ``Steps``: three or four small functions. Pieces share a forward pass only where all
+their tensors have the same shape and all else that the forward pass depends on is equal, so that nothing is padded and
+a batch changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pipelines.base import ChunkPipeline
+from transformers.pipelines.pt_utils import PipelineIterator
+
+from slipstream_server.errors import InvalidField
+from slipstream_server.tasks.items import TaskInput, TaskResult
+from slipstream_server.tasks.runner import Piece
+
+Parameters = Mapping[str, Any]
+
+PIXELS_PER_TOKEN = 16 * 16
+SAMPLES_PER_TOKEN = 320
+
+
+class Alone:
+    """A group with one member: a piece that shares its forward pass with no other."""
+
+
+def given(parameters: Parameters, *names: str) -> dict[str, Any]:
+    """Those of ``names`` that have a value."""
+    return {name: parameters[name] for name in names if parameters.get(name) is not None}
+
+
+def _no_arguments(pipeline: Any, item: Any, parameters: Parameters) -> dict[str, Any]:
+    return {}
+
+
+def _any_company(item: Any, parameters: Parameters) -> Hashable:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What one task adds to its pipeline.
+
+    ``read`` makes the pipeline's own input of ours; ``arguments`` are the keyword arguments that a plain call of the
+    pipeline would get; ``shape`` makes our result of what it returns. ``company`` is what pieces must agree on, beside
+    the shapes of their tensors, to share a forward pass.
+    """
+
+    read: Callable[[Any, Any, Parameters], Any]
+    shape: Callable[[Any, Any, Parameters, Any], TaskResult]
+    arguments: Callable[[Any, Any, Parameters], dict[str, Any]] = _no_arguments
+    company: Callable[[Any, Parameters], Hashable] = _any_company
+
+
+@dataclass(frozen=True, slots=True)
+class _Payload:
+    inputs: Any
+    forward: dict[str, Any]
+
+
+class PipelineRunner:
+    """The ``Runner`` of a task that a pipeline does. The lock is there because fast tokenizers are not safe to share
+    between threads.
+    """
+
+    def __init__(self, pipeline: Any, steps: Steps) -> None:
+        self._pipeline = pipeline
+        self._steps = steps
+        self._lock = threading.Lock()
+
+    def prepare(self, item: TaskInput, parameters: Parameters) -> Sequence[Piece]:
+        own_input = self._steps.read(self._pipeline, item, parameters)
+        try:
+            with self._lock:
+                preprocess, forward, _ = self._parameters(item, parameters)
+                made = self._pipeline.preprocess(own_input, **preprocess)
+                inputs = list(made) if isinstance(made, Iterator) else [made]
+        except ValueError as error:
+            raise InvalidField.of("inputs", f"the model's processor refuses it: {_first_line(error)}") from error
+        company = self._steps.company(item, parameters)
+        return [self._piece(each, forward, company) for each in inputs]
+
+    def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
+        forward = pieces[0].payload.forward
+        if len(pieces) == 1:
+            return [full_precision(self._pipeline.forward(_copy(pieces[0].payload.inputs), **forward))]
+        batch = _collate([piece.payload.inputs for piece in pieces])
+        rows = PipelineIterator([batch], self._pipeline.forward, forward, loader_batch_size=len(pieces))
+        return [full_precision(row) for row in rows]
+
+    def finish(self, item: TaskInput, parameters: Parameters, raw: Sequence[Any]) -> TaskResult:
+        is_chunked = isinstance(self._pipeline, ChunkPipeline)
+        with self._lock:
+            _, _, postprocess = self._parameters(item, parameters)
+            outputs = self._pipeline.postprocess(list(raw) if is_chunked else raw[0], **postprocess)
+        return self._steps.shape(self._pipeline, item, parameters, outputs)
+
+    def _parameters(self, item: TaskInput, parameters: Parameters) -> tuple[dict[str, Any], ...]:
+        """What a call of the pipeline hands to its three steps: its own defaults, overlaid with the caller's."""
+        pipeline = self._pipeline
+        defaults = (pipeline._preprocess_params, pipeline._forward_params, pipeline._postprocess_params)
+        asked = pipeline._sanitize_parameters(**self._steps.arguments(pipeline, item, parameters))
+        return tuple({**default, **mine} for default, mine in zip(defaults, asked, strict=True))
+
+    def _piece(self, inputs: Any, forward: dict[str, Any], company: Hashable) -> Piece:
+        shapes = _shapes(inputs)
+        group = Alone() if isinstance(company, Alone) else (shapes, _frozen(forward), company)
+        return Piece(size=_size(shapes), payload=_Payload(inputs, forward), group=group)
+
+
+def _first_line(error: BaseException) -> str:
+    """Without a path of this machine, which Transformers' messages do not hold where the input is not a path."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _copy(inputs: Any) -> Any:
+    """Forward passes take things out of their inputs; a piece may run twice."""
+    return inputs.copy() if hasattr(inputs, "copy") else inputs
+
+
+def _collate(inputs: Sequence[Any]) -> dict[str, Any]:
+    """Tensors of equal shapes one after the other; of everything else a list."""
+    return {
+        key: torch.cat([each[key] for each in inputs])
+        if isinstance(value, torch.Tensor)
+        else [each[key] for each in inputs]
+        for key, value in inputs[0].items()
+    }
+
+
+def _shapes(inputs: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((key, tuple(value.shape)) for key, value in inputs.items() if isinstance(value, torch.Tensor))
+
+
+def _size(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
+    """What a row costs, in about as many tokens: words as they are, pictures by patches, sounds by frames."""
+    sizes = {key: shape for key, shape in shapes}
+    if (pixels := sizes.get("pixel_values")) is not None:
+        frames = pixels[1] if len(pixels) == 5 else 1
+        return max(1, frames * pixels[-1] * pixels[-2] // PIXELS_PER_TOKEN)
+    if (samples := sizes.get("input_values")) is not None and len(samples) == 2:
+        return max(1, samples[1] // SAMPLES_PER_TOKEN)
+    if (features := sizes.get("input_features")) is not None:
+        return max(1, features[-1] // 2)
+    return max([1, *(shape[1] for _, shape in shapes if len(shape) > 1)])
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(value[key])) for key in sorted(value))
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(each) for each in value)
+    return value if isinstance(value, Hashable) else id(value)
+
+
+def full_precision(outputs: Any) -> Any:
+    """Half-precision results as float32, which NumPy has and bfloat16 is not."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+    if isinstance(outputs, Mapping):
+        for key in list(outputs):
+            outputs[key] = full_precision(outputs[key])
+    return outputs
