@@ -10,9 +10,9 @@ extra is installed the same measurements also go to OpenTelemetry's own meter, w
 
 from __future__ import annotations
 
-from typing import Any
-
 from prometheus_client import CollectorRegistry, Histogram
+
+from slipstream_server.otel import duration_histogram
 
 PROVIDER = "slipstream"
 _DURATION_BUCKETS_S = tuple(0.01 * 2**power for power in range(14))
@@ -65,7 +65,7 @@ class _Instrument:
         self._labels = (*_LABELS, *more_labels)
         spelt = f"gen_ai_server_{name.replace('.', '_')}_seconds"
         self._prometheus = Histogram(spelt, text, self._labels, registry=registry, buckets=buckets_s)
-        self._otel = _otel_histogram(f"gen_ai.server.{name}", text, buckets_s)
+        self._otel = duration_histogram(f"gen_ai.server.{name}", text, buckets_s)
         self._attributes = tuple(map(_attribute, self._labels))
 
     def record(self, seconds: float, *values: str) -> None:
@@ -79,12 +79,3 @@ class _Instrument:
 def _attribute(label: str) -> str:
     """``gen_ai_operation_name`` is ``gen_ai.operation.name``."""
     return "gen_ai." + label.removeprefix("gen_ai_").replace("_", ".") if label != "error_type" else "error.type"
-
-
-def _otel_histogram(name: str, text: str, buckets_s: tuple[float, ...]) -> Any:
-    try:
-        from opentelemetry import metrics
-    except ImportError:
-        return None
-    meter = metrics.get_meter("slipstream")
-    return meter.create_histogram(name, unit="s", description=text, explicit_bucket_boundaries_advisory=buckets_s)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from slipstream_server.config import ListenConfig
+from slipstream_server.otel import export_metrics
 from slipstream_server.rpc.server import Mount, RpcServer
 from slipstream_server.rpc.telemetry import new_registry
 
@@ -53,6 +54,7 @@ async def run_service(
     """
     stopping = stop or asyncio.Event()
     server = RpcServer(service.mounts, listen, service.registry)
+    end_export = export_metrics(service.name)
     with _signals(stopping) as impatient:
         await server.start()
         try:
@@ -64,6 +66,8 @@ async def run_service(
                 await _drain(server, listen.drain_grace_s if died is None else 0.0, impatient)
         finally:
             await server.close()
+            # It may wait for a collector that does not answer.
+            await asyncio.to_thread(end_export)
     log.info("%s has stopped", service.name)
     return 0 if died is None else 1
 

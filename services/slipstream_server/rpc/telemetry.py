@@ -1,9 +1,9 @@
 """Metrics of the server, and the HTTP port they are scraped from.
 
 Names follow OpenTelemetry (``rpc.server.call.duration``) in Prometheus spelling. One registry per service, so that
-several can live in one process; rooms add their own collectors to it. The port is answered by threads of its own: a
-stalled event loop still shows up in a scrape. Where the service asks for a token, so does the port, and it speaks TLS
-where the service does.
+several can live in one process; rooms add their own collectors to it. Durations of calls also go to OpenTelemetry's
+own meter, where there is one. The port is answered by threads of its own: a stalled event loop still shows up in a
+scrape. Where the service asks for a token, so does the port, and it speaks TLS where the service does.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from prometheus_client import (
     ProcessCollector,
     make_wsgi_app,
 )
+
+from slipstream_server.otel import duration_histogram
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,9 @@ class RpcMetrics:
             buckets=_DURATION_BUCKETS_S,
             registry=registry,
         )
+        self._otel_duration = duration_histogram(
+            "rpc.server.call.duration", "Time from a call's acceptance to its status.", _DURATION_BUCKETS_S
+        )
         self._running = Gauge("slipstream_rpc_calls_running", "Calls in progress.", ("rpc_method",), registry=registry)
         self.loop_stalls = Counter(
             "slipstream_event_loop_stalls_total", "Times the event loop stood still over 200 ms.", registry=registry
@@ -66,6 +71,13 @@ class RpcMetrics:
         name = method.lstrip("/")
         self._running.labels(name).dec()
         self._duration.labels(name, code.name).observe(duration_s)
+        if self._otel_duration is not None:
+            self._otel_duration.record(duration_s, _attributes(name, code))
+
+
+def _attributes(method: str, code: grpc.StatusCode) -> dict[str, str]:
+    known = {"rpc.system.name": "grpc", "rpc.method": method, "rpc.response.status_code": code.name}
+    return known if code is grpc.StatusCode.OK else {**known, "error.type": code.name}
 
 
 class _Handler(WSGIRequestHandler):
