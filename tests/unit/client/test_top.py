@@ -149,7 +149,7 @@ def test_a_card_tells_everything_without_colour_in_80_columns() -> None:
     text = drawn(FIGURES)
     for words in (
         "9.6 of 16 rows", "10 running", "4 waiting", "31%", "5.12K of 16.4K tokens", "prefix hits 62%", "123 tok/s",
-        "1.2K tok/s", "first token 120 ms / 1.48 s", "next 18.2 ms / 42.4 ms", "1234 done", "3 failed", "7 preempted",
+        "1.2K tok/s", "first token 120 ms / 1.48 s", "next 18.2 ms / 42.4 ms", "1.23K done", "3 failed", "7 preempted",
         "2 restarts", "drafts 61% accepted", "2 of 8 in use", "support tone", "waiting: legal", "not running",
     ):  # fmt: skip
         assert words in text, words

@@ -170,8 +170,10 @@ def _quantiles(latency: Latency) -> str:
 
 
 def _requests(f: ModelFigures) -> Text:
-    text = Text(f"{f.num_succeeded} done  ")
-    text.append(f"{f.num_failed} failed", "red" if f.num_failed else "").append(f"  {f.num_preemptions} preempted")
+    text = Text(f"{terminal.in_short(f.num_succeeded)} done  ")
+    text.append(f"{terminal.in_short(f.num_failed)} failed", "red" if f.num_failed else "").append(
+        f"  {terminal.in_short(f.num_preemptions)} preempted"
+    )
     text.append(f"  {f.num_worker_restarts} restarts", "red" if f.num_worker_restarts else "")
     if f.draft_acceptance_ratio is not None:
         text.append(f"  drafts {f.draft_acceptance_ratio:.0%} accepted")
