@@ -126,7 +126,7 @@ def _lines(f: ModelFigures, glyphs: Glyphs) -> list[tuple[str, Text]]:
     return [
         ("batch", _batch(f, glyphs)),
         ("KV cache", _kv(f, glyphs)),
-        ("output", _tokens(f.generation_tokens_per_s, f.generation_history, glyphs)),
+        ("output", _output(f, glyphs)),
         ("prompt", _tokens(f.prompt_tokens_per_s, f.prompt_history, glyphs)),
         ("latency", _latency(f)),
         ("requests", _requests(f)),
@@ -156,8 +156,15 @@ def _kv(f: ModelFigures, glyphs: Glyphs) -> Text:
 
 
 def _tokens(per_s: float | None, history: tuple[float, ...], glyphs: Glyphs) -> Text:
-    text = Text(f"{UNKNOWN if per_s is None else in_rate(per_s):>6} tok/s  ", "bold")
+    text = Text().append(f"{UNKNOWN if per_s is None else in_rate(per_s):>6} tok/s  ", "bold")
     return text.append(sparkline(history, glyphs), "green")
+
+
+def _output(f: ModelFigures, glyphs: Glyphs) -> Text:
+    text = _tokens(f.generation_tokens_per_s, f.generation_history, glyphs)
+    if f.draft_acceptance_ratio is not None:
+        text.append(f"  drafts {f.draft_acceptance_ratio:.0%} accepted")
+    return text
 
 
 def _latency(f: ModelFigures) -> Text:
@@ -175,8 +182,6 @@ def _requests(f: ModelFigures) -> Text:
         f"  {terminal.in_short(f.num_preemptions)} preempted"
     )
     text.append(f"  {f.num_worker_restarts} restarts", "red" if f.num_worker_restarts else "")
-    if f.draft_acceptance_ratio is not None:
-        text.append(f"  drafts {f.draft_acceptance_ratio:.0%} accepted")
     return text
 
 
