@@ -13,7 +13,7 @@ from rich.console import Console
 
 from slipstream_client.cli.metrics_port import MetricsUnavailable, Sample, Samples, metrics_address, read_metrics
 from slipstream_client.cli.top_figures import Latency, ModelFigures, Recorder, quantile
-from slipstream_client.cli.top_view import ASCII, UNICODE, Frame, TopView, bar, in_time, sparkline
+from slipstream_client.cli.top_view import Frame, TopView, bar, in_time, sparkline
 from slipstream_client.results import HealthState, ServiceHealth
 from slipstream_client.settings import ClientSettings
 
@@ -135,9 +135,9 @@ SERVICES = tuple(
 )
 
 
-def drawn(*figures: ModelFigures, problem: str = "", encoding: str = "utf-8") -> str:
+def drawn(*figures: ModelFigures, problem: str = "") -> str:
     """What an 80 x 24 terminal without colour shows."""
-    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     console = Console(file=file, width=80, height=24, force_terminal=True, no_color=True, color_system=None)
     frame = Frame(time=datetime.now(UTC), services=SERVICES, models=(), figures=figures, problem=problem)
     console.print(TopView(frame))
@@ -175,17 +175,18 @@ def test_what_is_not_known_is_not_invented() -> None:
     assert "does not answer" in drawn(problem="the metrics port does not answer")
 
 
-def test_a_terminal_without_unicode_gets_plain_bars() -> None:
-    assert bar(0.5, ASCII, 4).plain == "##.."
-    assert bar(0.01, UNICODE, 4).plain == "█░░░"
-    assert bar(7.0, UNICODE, 4).plain == "████"
+def test_bars_are_never_longer_than_full_and_show_the_least() -> None:
+    assert bar(0.0, 4).plain == "░░░░"
+    assert bar(0.5, 4).plain == "██░░"
+    assert bar(0.01, 4).plain == "█░░░"
+    assert bar(7.0, 4).plain == "████"
 
 
 def test_sparklines_scale_to_their_greatest_value() -> None:
-    assert sparkline((0.0, 1.0, 4.0, 8.0), UNICODE) == "▁▂▅█"
-    assert sparkline((0.0, 0.0), UNICODE) == "▁▁"
-    assert sparkline(map(float, range(100)), UNICODE, 3) == "███"
-    assert sparkline((), UNICODE) == ""
+    assert sparkline((0.0, 1.0, 4.0, 8.0)) == "▁▂▅█"
+    assert sparkline((0.0, 0.0)) == "▁▁"
+    assert sparkline(map(float, range(100)), 3) == "███"
+    assert sparkline(()) == ""
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(None, "–"), (2e-4, "200 µs"), (0.0123, "12.3 ms"), (2.5, "2.5 s")])

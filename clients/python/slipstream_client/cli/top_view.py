@@ -23,6 +23,7 @@ from slipstream_client.results import HealthState, ServiceHealth
 UNKNOWN = "–"
 BAR_WIDTH = 16
 SPARK_WIDTH = 30
+FULL, EMPTY, LEVELS = "█", "░", "▁▂▃▄▅▆▇█"
 CARD_LINES = 8
 HEAD_LINES = 4
 MARKS = {
@@ -44,19 +45,6 @@ class Frame:
     problem: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Glyphs:
-    """The characters that bars and sparklines are made of; levels from nothing to all."""
-
-    full: str
-    empty: str
-    levels: str
-
-
-UNICODE = Glyphs("█", "░", "▁▂▃▄▅▆▇█")
-ASCII = Glyphs("#", ".", "_.-:=+*#")
-
-
 class TopView:
     """A frame as something rich can draw."""
 
@@ -65,7 +53,6 @@ class TopView:
         self._note = note
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        glyphs = ASCII if options.ascii_only else UNICODE
         models = {model.id: model for model in self._frame.models}
         figures = {each.model: each for each in self._frame.figures}
         names = sorted(models.keys() | figures.keys())
@@ -77,7 +64,7 @@ class TopView:
         if not names:
             yield Text("no models", style="dim")
         elif _height(figures, names) <= options.max_height or not console.is_terminal:
-            yield from (_card(name, models.get(name), figures.get(name), glyphs) for name in names)
+            yield from (_card(name, models.get(name), figures.get(name)) for name in names)
         else:
             yield _table(names, models, figures)
 
@@ -101,12 +88,12 @@ def _services(services: Iterable[ServiceHealth]) -> Text:
     return line
 
 
-def _card(name: str, model: Model | None, figures: ModelFigures | None, glyphs: Glyphs) -> RenderableType:
+def _card(name: str, model: Model | None, figures: ModelFigures | None) -> RenderableType:
     title = _model_title(name, model)
     if figures is None:
         return Group(title, Text())
     rows = Table.grid(padding=(0, 2, 0, 0))
-    for label, value in _lines(figures, glyphs):
+    for label, value in _lines(figures):
         value.truncate(65, overflow="ellipsis")
         rows.add_row(Text(f"  {label}", "dim"), value)
     return Group(title, rows, Text())
@@ -122,46 +109,46 @@ def _model_title(name: str, model: Model | None) -> Text:
     return title.append("".join(f" · {fact}" for fact in facts if fact), "dim")
 
 
-def _lines(f: ModelFigures, glyphs: Glyphs) -> list[tuple[str, Text]]:
+def _lines(f: ModelFigures) -> list[tuple[str, Text]]:
     return [
-        ("batch", _batch(f, glyphs)),
-        ("KV cache", _kv(f, glyphs)),
-        ("output", _output(f, glyphs)),
-        ("prompt", _tokens(f.prompt_tokens_per_s, f.prompt_history, glyphs)),
+        ("batch", _batch(f)),
+        ("KV cache", _kv(f)),
+        ("output", _output(f)),
+        ("prompt", _tokens(f.prompt_tokens_per_s, f.prompt_history)),
         ("latency", _latency(f)),
         ("requests", _requests(f)),
         *([("adapters", _adapters(f))] if f.adapter_slots else []),
     ]
 
 
-def _batch(f: ModelFigures, glyphs: Glyphs) -> Text:
+def _batch(f: ModelFigures) -> Text:
     rows = float(f.num_running) if f.batch_rows is None else f.batch_rows
     full = rows / f.max_batch_size if f.max_batch_size else 0.0
-    text = bar(full, glyphs)
+    text = bar(full)
     text.append(f" {rows:.3g} of {f.max_batch_size} rows", "bold")
     text.append(f"  {f.num_running} running  ")
     return text.append(f"{f.num_waiting} waiting", "yellow" if f.num_waiting else "")
 
 
-def _kv(f: ModelFigures, glyphs: Glyphs) -> Text:
+def _kv(f: ModelFigures) -> Text:
     tokens = terminal.in_short(f.kv_tokens)
     if f.kv_usage_ratio is None:
         text = Text(f"{tokens} tokens", "bold")
     else:
-        text = bar(f.kv_usage_ratio, glyphs).append(f" {f.kv_usage_ratio:.0%}", "bold")
+        text = bar(f.kv_usage_ratio).append(f" {f.kv_usage_ratio:.0%}", "bold")
         text.append(f"  {tokens} of {terminal.in_short(f.kv_capacity_tokens)} tokens")
     if f.prefix_hit_ratio is not None:
         text.append(f"  prefix hits {f.prefix_hit_ratio:.0%}")
     return text
 
 
-def _tokens(per_s: float | None, history: tuple[float, ...], glyphs: Glyphs) -> Text:
+def _tokens(per_s: float | None, history: tuple[float, ...]) -> Text:
     text = Text().append(f"{UNKNOWN if per_s is None else in_rate(per_s):>6} tok/s  ", "bold")
-    return text.append(sparkline(history, glyphs), "green")
+    return text.append(sparkline(history), "green")
 
 
-def _output(f: ModelFigures, glyphs: Glyphs) -> Text:
-    text = _tokens(f.generation_tokens_per_s, f.generation_history, glyphs)
+def _output(f: ModelFigures) -> Text:
+    text = _tokens(f.generation_tokens_per_s, f.generation_history)
     if f.draft_acceptance_ratio is not None:
         text.append(f"  drafts {f.draft_acceptance_ratio:.0%} accepted")
     return text
@@ -219,19 +206,19 @@ def _cells(f: ModelFigures) -> list[str]:
     ]
 
 
-def bar(fraction: float, glyphs: Glyphs, width: int = BAR_WIDTH) -> Text:
+def bar(fraction: float, width: int = BAR_WIDTH) -> Text:
     """How full something is, 0 to 1; anything above nothing shows."""
     cells = min(width, max(round(fraction * width), 1 if fraction > 0 else 0))
     colour = "red" if fraction > 0.9 else "yellow" if fraction > 0.7 else "green"
-    return Text().append(glyphs.full * cells, colour).append(glyphs.empty * (width - cells), "dim")
+    return Text().append(FULL * cells, colour).append(EMPTY * (width - cells), "dim")
 
 
-def sparkline(values: Iterable[float], glyphs: Glyphs, width: int = SPARK_WIDTH) -> str:
+def sparkline(values: Iterable[float], width: int = SPARK_WIDTH) -> str:
     """The last ``width`` values, the greatest of them as high as can be; what is above 0 shows."""
     shown = tuple(values)[-width:]
     top = max(shown, default=0.0)
-    highest = len(glyphs.levels) - 1
-    return "".join(glyphs.levels[max(1, round(value / top * highest)) if value > 0 else 0] for value in shown)
+    highest = len(LEVELS) - 1
+    return "".join(LEVELS[max(1, round(value / top * highest)) if value > 0 else 0] for value in shown)
 
 
 def in_rate(per_s: float) -> str:
