@@ -23,7 +23,7 @@ from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
 from slipstream_server.config import ListenConfig
 from slipstream_server.inference.budget import MemoryBudget
 from slipstream_server.inference.fetching import ModelFetcher
-from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
+from slipstream_server.inference.front import AdapterResolver, FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.library import Library
 from slipstream_server.inference.model_loads import ModelLoads
 from slipstream_server.inference.plans import ServingDefaults
@@ -32,6 +32,7 @@ from slipstream_server.inference.supervisor import RestartPolicy
 from slipstream_server.inference.tables import SCHEMA
 from slipstream_server.models.hub import HubAccess
 from slipstream_server.models.sources import SourceOptions
+from slipstream_server.rpc.inference.model_rooms import ModelPlaces, model_rooms
 from slipstream_server.rpc.inference.models import ModelServicer
 from slipstream_server.rpc.inference.servicer import InferenceServicer
 from slipstream_server.rpc.server import Mount, open_server
@@ -54,6 +55,7 @@ class ModelService:
     loads: ModelLoads
     root: Path
     sizes: dict[str, int]
+    address: str
 
     async def load(self, name: str, **fields: Any) -> pb2.Model:
         return await self.stub.LoadModel(pb2.LoadModelRequest(name=name, **fields))
@@ -105,6 +107,7 @@ async def model_service(
     budget_bytes: int = CPU_BYTES,
     defaults: ServingDefaults | None = None,
     reserve: Callable[[Mapping[str, int]], None] = lambda total: None,
+    resolve_adapter: AdapterResolver | None = None,
 ) -> AsyncIterator[ModelService]:
     """Started, restoring, answering on a port of its own."""
     root = data / "root"
@@ -124,16 +127,19 @@ async def model_service(
     )  # fmt: skip
     options = SourceOptions(cache_root=data / "cache", hub=HubAccess(is_offline=True, cache_folder=data / "hub"))
     fetcher = ModelFetcher(options, roots=(root,), own_root=data / "own")
-    loads = ModelLoads(front, library, fetcher, room, defaults or ServingDefaults(batching="null", threads=1))
+    serving = defaults or ServingDefaults(batching="null", threads=1)
+    loads = ModelLoads(front, library, fetcher, room, serving)
+    places = ModelPlaces(options=options, roots=(root,), own_root=data / "own", exports=data / "exports")
+    rooms = model_rooms(front, library, room, places, serving, resolve_adapter)
     mounts = [
-        Mount(model_grpc.add_ModelServiceServicer_to_server, ModelServicer(front, loads)),
+        Mount(model_grpc.add_ModelServiceServicer_to_server, ModelServicer(front, loads, rooms)),
         Mount(inference_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(front)),
     ]
     await front.start()
-    running = None
+    running: list[asyncio.Task[None]] = []
     try:
         await loads.begin(at_start or {})
-        running = asyncio.create_task(loads.run())
+        running = [asyncio.create_task(loads.run()), asyncio.create_task(rooms.run())]
         async with open_server(mounts, ListenConfig()) as server:
             async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
                 yield ModelService(
@@ -143,11 +149,12 @@ async def model_service(
                     loads=loads,
                     root=root,
                     sizes=known_sizes,
+                    address=f"127.0.0.1:{server.port}",
                 )
     finally:
-        if running is not None:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         await front.close()
         await database.close()
 
@@ -161,9 +168,19 @@ def error_metadata(error: grpc.aio.AioRpcError) -> dict[str, str]:
     return dict(_info(error).metadata)
 
 
-def _info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo:
+def retry_after_s(error: grpc.aio.AioRpcError) -> float | None:
+    """What RetryInfo says; None where there is none."""
+    retry = _detail(error, error_details_pb2.RetryInfo())
+    return None if retry is None else retry.retry_delay.ToTimedelta().total_seconds()
+
+
+def _info(error: grpc.aio.AioRpcError) -> Any:
+    info = _detail(error, error_details_pb2.ErrorInfo())
+    assert info is not None
+    return info
+
+
+def _detail(error: grpc.aio.AioRpcError, empty: Any) -> Any:
     status = rpc_status.from_call(error)
     assert status is not None
-    info = error_details_pb2.ErrorInfo()
-    assert any(detail.Unpack(info) for detail in status.details)
-    return info
+    return empty if any(detail.Unpack(empty) for detail in status.details) else None

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from tests.rpc.models_kit import MODEL, ModelService, edit_config, error_info, error_metadata, folder, model_service
+from tests.rpc.models_kit import (
+    MODEL,
+    ModelService,
+    edit_config,
+    error_info,
+    error_metadata,
+    folder,
+    model_service,
+    retry_after_s,
+)
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import model_service_pb2 as pb2
@@ -17,6 +26,7 @@ from slipstream_server.inference.calls import GenerateCall, StoppingChoice, Text
 from slipstream_server.inference.library import NewModel
 
 Eventually = Callable[..., Awaitable[None]]
+BUSY_RETRY_S = 5.0
 GPTQ = precision_pb2.QUANTIZATION_GPTQ
 OPTIONS = pb2.ModelLoadOptions(max_running_sequences=3, context_tokens=64, adapter_slot_count=2)
 
@@ -185,6 +195,7 @@ async def test_pinned_and_busy_models_stay_and_the_refusal_has_the_numbers(tmp_p
         assert error_metadata(refused.value) | {"needed_bytes": "40", "left_bytes": "20", "budget_bytes": "100"} == (
             error_metadata(refused.value)
         )
+        assert retry_after_s(refused.value) == BUSY_RETRY_S
         assert "third" not in await service.states()
         stream.close()
         await service.loaded("third")
@@ -218,6 +229,7 @@ async def test_a_model_larger_than_all_there_is_is_refused_and_never_asked_again
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await service.load("huge")
         assert error_info(refused.value) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
+        assert (retry_after_s(refused.value) or 0) < BUSY_RETRY_S
         assert await service.states() == {}
 
 

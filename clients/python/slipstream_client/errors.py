@@ -185,6 +185,22 @@ def from_rpc_error(
     )
 
 
+def from_status(status: status_pb2.Status) -> SlipstreamClientError:
+    """The exception of the tree for a google.rpc.Status that a resource holds."""
+    details = _Details()
+    for detail in status.details:
+        _read_detail(detail, details)
+    code = next((code for code in CLASSES_BY_CODE if code.value[0] == status.code), grpc.StatusCode.UNKNOWN)
+    return CLASSES_BY_CODE[code](
+        status.message,
+        code=code,
+        reason=details.reason,
+        violations=details.violations,
+        metadata=details.metadata,
+        retry_after_s=details.retry_after_s,
+    )
+
+
 def _read_details(trailers: Iterable[tuple[str, str | bytes]] | None) -> _Details:
     found = _Details()
     packed = next((value for key, value in trailers or () if key == STATUS_DETAILS_KEY), None)

@@ -17,7 +17,9 @@ from slipstream_client.errors import (
 
 # Waiting does not mend these, unless the server itself says when to come back. A request on board when a worker died
 # twice may be what kills it.
-NOT_MENDED_BY_WAITING = frozenset({"MESSAGE_TOO_LARGE", "QUOTA_EXCEEDED", "SLOW_READER", "STORAGE_FULL", "WORKER_DIED"})
+NOT_MENDED_BY_WAITING = frozenset(
+    {"MESSAGE_TOO_LARGE", "OUT_OF_MEMORY", "QUOTA_EXCEEDED", "SLOW_READER", "STORAGE_FULL", "WORKER_DIED"}
+)
 # Clients told to come back at the same moment spread over this much of the wait.
 SPREAD = 0.1
 

@@ -68,6 +68,10 @@ class SyncModels(SyncNoun[Models]):
 
     list = _waited(Models.list)
     get = _waited(Models.get)
+    load = _waited(Models.load)
+    unload = _waited(Models.unload)
+    delete = _waited(Models.delete)
+    wait = _waited(Models.wait)
     watch = _iterated(Models.watch)
 
 

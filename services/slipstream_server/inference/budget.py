@@ -105,8 +105,7 @@ class MemoryBudget:
             "left_without_idle_models_bytes": str(could_be),
             "budget_bytes": str(budget),
         }
-        # Waiting helps only where it would fit once the others have gone.
-        return OutOfMemory(text, metadata=metadata, retry_after_s=10.0 if needed <= budget else None)
+        return OutOfMemory(text, metadata=metadata)
 
 
 def _mib(size_bytes: int) -> str:

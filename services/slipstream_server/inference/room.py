@@ -7,6 +7,7 @@ Models that hold requests, are on their way, or are pinned never give way. Event
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 
@@ -19,6 +20,8 @@ from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.storage.device_ledger import gib
 
 log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5.0
 
 Reserve = Callable[[Mapping[str, int]], None]
 """Tells the machine's ledger what all models hold; raises OutOfMemory where others have it. Blocking."""
@@ -52,7 +55,7 @@ class DeviceRoom:
     def check(self, plan: ModelPlan, memory_fraction: float | None) -> dict[str, int]:
         """What ``plan`` would take, by device. Raises OutOfMemory where that is more than there could be."""
         wanted = self._wanted(plan, memory_fraction)
-        self.budget.victims(plan.name, wanted, tuple(self._candidates()))
+        self._victims(plan.name, wanted, may_evict=True)
         return wanted
 
     async def take(
@@ -61,9 +64,8 @@ class DeviceRoom:
         """Take room for ``plan``. Raises OutOfMemory unless it ``must_come``: then the log says that it is too much."""
         async with self._taking:
             wanted = self._wanted(plan, memory_fraction)
-            candidates = tuple(self._candidates()) if may_evict else ()
             try:
-                if victims := self.budget.victims(plan.name, wanted, candidates):
+                if victims := self._victims(plan.name, wanted, may_evict=may_evict):
                     await evict(victims)
                 self.budget.take(plan.name, wanted)
                 await self._tell_ledger()
@@ -103,9 +105,23 @@ class DeviceRoom:
                 )
         return wanted
 
-    def _candidates(self) -> Iterator[Candidate]:
+    def _victims(self, name: str, wanted: Mapping[str, int], *, may_evict: bool) -> tuple[str, ...]:
+        unpinned = tuple(self._unpinned())
+        idle = tuple(candidate for candidate in unpinned if self._is_idle(candidate.name))
+        try:
+            return self.budget.victims(name, wanted, idle if may_evict else ())
+        except OutOfMemory as error:
+            with contextlib.suppress(OutOfMemory):
+                self.budget.victims(name, wanted, unpinned)
+                # It would fit once they are idle: waiting helps.
+                error.retry_after_s = _RETRY_AFTER_S
+            raise
+
+    def _unpinned(self) -> Iterator[Candidate]:
         for name, record in self._library.records.items():
-            if record.pinned or not self._front.is_served(name) or not self._front.is_idle(name):
-                continue
-            if self._front.status(name).state in (ModelState.READY, ModelState.FAILED):
+            if not record.pinned and self._front.is_served(name):
                 yield Candidate(name=name, last_used_s=self._front.last_used_s(name))
+
+    def _is_idle(self, name: str) -> bool:
+        is_settled = self._front.status(name).state in (ModelState.READY, ModelState.FAILED)
+        return is_settled and self._front.is_idle(name)

@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
 
 from slipstream_client.cli import terminal
+from slipstream_client.cli.model_loading import delete_model, load_model, unload_model, watch_models
 from slipstream_client.cli.model_rows import model_table, state_of
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.server_side import server
 from slipstream_client.cli.target import Target
 from slipstream_client.models import Model
 
-app = typer.Typer(no_args_is_help=True, help="Models: list, inspect, fetch.")
+app = typer.Typer(no_args_is_help=True, help="Models: list, inspect, fetch, load, unload, delete.")
 
 
 @app.command("list")
@@ -99,8 +100,19 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ("chat template", "yes" if model.has_chat_template else "no"),
         ("adapters", slots if model.adapter_slot_count else ""),
         ("tasks", escape(", ".join(model.tasks))),
+        ("labels", escape(", ".join(model.labels))),
         ("licence", escape(model.licence)),
+        ("asked for", escape(", ".join(f"{name}={value}" for name, value in (model.load_options or {}).items()))),
+        ("pinned", "yes" if model.pinned else ""),
+        ("made by", escape(model.training_job)),
+        ("owner", escape(model.owner)),
     ]
+
+
+app.command("load")(load_model)
+app.command("unload")(unload_model)
+app.command("delete")(delete_model)
+app.command("watch")(watch_models)
 
 
 @app.command("pull")
