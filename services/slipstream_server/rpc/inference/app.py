@@ -33,6 +33,7 @@ from slipstream_server.models.devices import device_memory
 from slipstream_server.models.sources import SourceOptions
 from slipstream_server.resource_names import check_id
 from slipstream_server.rpc.inference.adapters import FrontAdapters, front_adapters, known_as, registry_peer
+from slipstream_server.rpc.inference.model_rooms import ModelPlaces, ModelRooms, model_rooms
 from slipstream_server.rpc.inference.models import ModelServicer
 from slipstream_server.rpc.inference.reservation import budget_bytes, reserving
 from slipstream_server.rpc.inference.servicer import InferenceServicer
@@ -55,7 +56,12 @@ async def run(settings: Settings) -> int:
     front = InferenceFront(_front_config(settings, default_model), registry=registry)
     async with _library(settings) as library, _adapters(settings, front, library) as adapters:
         loads = await _loads(settings, front, library)
-        background: dict[str, Callable[[], Awaitable[None]]] = {"front": front.wait_stopped, "models": loads.run}
+        rooms = await _rooms(settings, front, loads, adapters)
+        background: dict[str, Callable[[], Awaitable[None]]] = {
+            "front": front.wait_stopped,
+            "models": loads.run,
+            "making": rooms.run,
+        }
         if adapters is not None:
             front.use_adapters(adapters.resolve)
             background["adapters"] = adapters.watch.run
@@ -65,7 +71,7 @@ async def run(settings: Settings) -> int:
             if default_model and default_model not in library.records:
                 known = ", ".join(library.records) or "none"
                 raise ConfigError([f"inference.default_model: {default_model!r} is not one of the models: {known}"])
-            mounts = _mounts(front, loads, default_model)
+            mounts = _mounts(front, loads, rooms, default_model)
             return await run_service(
                 Service(name="inference", mounts=mounts, background=background, registry=registry),
                 settings.listen("inference"),
@@ -101,13 +107,31 @@ async def _loads(settings: Settings, front: InferenceFront, library: Library) ->
     fetcher = ModelFetcher(
         SourceOptions(),
         roots=config.model_roots,
-        own_root=settings.common.data_dir / "inference" / "models",
+        own_root=_own_root(settings),
         tokenizer=config.tokenizer,
     )
     return ModelLoads(front, library, fetcher, room, _defaults(settings))
 
 
-def _mounts(front: InferenceFront, loads: ModelLoads, default_model: str) -> list[Mount]:
+async def _rooms(
+    settings: Settings, front: InferenceFront, loads: ModelLoads, adapters: FrontAdapters | None
+) -> ModelRooms:
+    places = ModelPlaces(
+        options=SourceOptions(),
+        roots=settings.inference.model_roots,
+        own_root=_own_root(settings),
+        exports=settings.common.data_dir / "inference" / "exports",
+    )
+    resolve = None if adapters is None else adapters.resolve
+    return await asyncio.to_thread(model_rooms, front, loads.library, loads.room, places, _defaults(settings), resolve)
+
+
+def _own_root(settings: Settings) -> Path:
+    """The models that the service makes; training finds them there."""
+    return settings.common.data_dir / "inference" / "models"
+
+
+def _mounts(front: InferenceFront, loads: ModelLoads, rooms: ModelRooms, default_model: str) -> list[Mount]:
     return [
         Mount(
             inference_grpc.add_InferenceServiceServicer_to_server,
@@ -116,7 +140,7 @@ def _mounts(front: InferenceFront, loads: ModelLoads, default_model: str) -> lis
         ),
         Mount(
             model_grpc.add_ModelServiceServicer_to_server,
-            ModelServicer(front, loads),  # type: ignore[abstract]
+            ModelServicer(front, loads, rooms),
         ),
     ]
 
@@ -130,15 +154,12 @@ def _adapters(
         return nullcontext()
 
     def base_of(model: str) -> ServingBase:
-        plan = front.plan(model)
-        if plan is None:
+        plan, record = front.plan(model), library.get(model)
+        folder = record.known_folder if plan is None else plan.folder
+        if folder is None:
             raise ModelNotReady(f"model {model} is being prepared", retry_after_s=RETRY_AFTER_S)
-        return ServingBase(
-            model=model,
-            folder=plan.folder,
-            known_as=known_as(library.get(model).locator),
-            max_rank=plan.worker.max_adapter_rank,
-        )
+        max_rank = settings.inference.max_adapter_rank if plan is None else plan.worker.max_adapter_rank
+        return ServingBase(model=model, folder=folder, known_as=known_as(record.locator), max_rank=max_rank)
 
     return front_adapters(peer, settings.common.data_dir / "inference" / "adapters", base_of)
 

@@ -1,6 +1,7 @@
 """ModelService: the models of this service as resources. Lives on the event loop; no torch.
 
-What makes models is in ``model_making``; this file has what there is, and loading, unloading and deleting it.
+What makes models is in ``model_making``, what advises on them in ``model_advice``; this file has what there is, and
+loading, unloading and deleting it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ from slipstream_server.inference.front import InferenceFront
 from slipstream_server.inference.model_loads import ModelLoads
 from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference.convert import model_id
+from slipstream_server.rpc.inference.model_advice import ModelAdvice
 from slipstream_server.rpc.inference.model_convert import grace_s, load_wish, model_message, required_model_id
+from slipstream_server.rpc.inference.model_making import ModelMaking
+from slipstream_server.rpc.inference.model_rooms import ModelRooms
 from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.pages import PageRequest, encode_token
 from slipstream_server.storage.request_records import RequestKey
@@ -32,12 +36,14 @@ Model = model_service_pb2.Model
 _PROGRESS_EVERY_S = 0.5
 
 
-class ModelServicer(model_grpc.ModelServiceServicer):
-    """What it does not override answers UNIMPLEMENTED."""
+class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
+    """All methods of ModelService."""
 
-    def __init__(self, front: InferenceFront, loads: ModelLoads) -> None:
+    def __init__(self, front: InferenceFront, loads: ModelLoads, rooms: ModelRooms) -> None:
         self._front = front
         self._loads = loads
+        self._making = rooms.making
+        self._advice = rooms.advice
         self._replica_id = f"{socket.gethostname()}-{int(time.time())}"
 
     # Reading.
