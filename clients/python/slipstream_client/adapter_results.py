@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from slipstream_client.models import Progress
+from slipstream_client.model_results import Progress
 from slipstream_client.plain import Failure
 
 

@@ -40,4 +40,10 @@ class LoadModelOptions(ModelLoadOptions, CallOptions, total=False):
     validate_only: bool | None
 
 
+class EstimateOptions(ModelLoadOptions, CallOptions, total=False):
+    """Keyword arguments of ``models.estimate``."""
+
+    revision: str | None
+
+
 LOAD_FIELDS = frozenset(ModelLoadOptions.__annotations__)

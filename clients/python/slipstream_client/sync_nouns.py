@@ -73,6 +73,10 @@ class SyncModels(SyncNoun[Models]):
     delete = _waited(Models.delete)
     wait = _waited(Models.wait)
     watch = _iterated(Models.watch)
+    create = _waited(Models.create)
+    export = _waited(Models.export)
+    estimate = _waited(Models.estimate)
+    recommend = _waited(Models.recommend)
 
 
 class SyncDatasets(SyncNoun[Datasets]):

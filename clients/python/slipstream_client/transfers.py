@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from slipstream.type.v1 import artifact_pb2
 from slipstream_client.errors import FailedPreconditionError, InvalidRequestError, ProtocolError
-from slipstream_client.models import Progress
+from slipstream_client.model_results import Progress
 
 OnProgress = Callable[[Progress], None]
 CHUNK_BYTES = 1024 * 1024

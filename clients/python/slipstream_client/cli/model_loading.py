@@ -47,7 +47,7 @@ def load_model(
         )
         if check_only or not wait:
             return model
-        return await _followed(client, model.name, as_json=as_json)
+        return await followed(client, model.name, as_json=as_json)
 
     model = target.run(work)
     if as_json:
@@ -74,7 +74,7 @@ def unload_model(
 
     async def work(client: SlipstreamClient) -> Model:
         model = await client.models.unload(name, grace_s=grace, force=force, etag=etag)
-        return await _followed(client, model.name, as_json=as_json) if wait else model
+        return await followed(client, model.name, as_json=as_json) if wait else model
 
     model = target.run(work)
     if as_json:
@@ -112,7 +112,7 @@ def watch_models(
     target.run(work)
 
 
-async def _followed(client: SlipstreamClient, name: str, *, as_json: bool) -> Model:
+async def followed(client: SlipstreamClient, name: str, *, as_json: bool) -> Model:
     """The model once it is ready or unloaded, its progress shown meanwhile. Ctrl-C ends the watch, not the load."""
     try:
         if as_json:

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from slipstream_client.cli import terminal
 from slipstream_client.cli.model_loading import delete_model, load_model, unload_model, watch_models
+from slipstream_client.cli.model_making import create_model, estimate_model, export_model, recommend_models
 from slipstream_client.cli.model_rows import model_table, state_of
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.server_side import server
 from slipstream_client.cli.target import Target
 from slipstream_client.models import Model
 
-app = typer.Typer(no_args_is_help=True, help="Models: list, inspect, fetch, load, unload, delete.")
+app = typer.Typer(no_args_is_help=True, help="Models: list, load, make, export, choose.")
 
 
 @app.command("list")
@@ -113,6 +114,10 @@ app.command("load")(load_model)
 app.command("unload")(unload_model)
 app.command("delete")(delete_model)
 app.command("watch")(watch_models)
+app.command("create")(create_model)
+app.command("export")(export_model)
+app.command("estimate")(estimate_model)
+app.command("recommend")(recommend_models)
 
 
 @app.command("pull")
