@@ -91,6 +91,7 @@ class InferenceConfig(_ServiceConfig):
     models: tuple[str, ...] = setting((), "models to load at start, and to keep loaded: SOURCE or NAME=SOURCE")
     database_url: str | None = setting(None, "SQLAlchemy URL of the list of models; unset: SQLite in data_dir")
     default_model: str | None = setting(None, "model of requests that name none; unset: the first of models")
+    task_models: tuple[str, ...] = setting((), "models of task requests that name none: TASK=MODEL")
     model_roots: tuple[Path, ...] = setting((), "folders below which clients may name model folders")
     tokenizer: str | None = setting(None, "tokenizer source; unset: the model's own")
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")

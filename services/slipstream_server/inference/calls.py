@@ -115,6 +115,7 @@ class GenerateCall:
 
     ``model`` empty: the service's default. ``adapter``: ``name``, ``name@alias`` or ``name@v3``; empty for the model's
     default. ``deadline_monotonic_s``: on ``time.monotonic``'s clock, ``None`` for no deadline.
+    ``forced_first_token_id``: what the answer of an encoder-decoder begins with; a translation's language.
     """
 
     prompt: Prompt
@@ -126,6 +127,7 @@ class GenerateCall:
     beams: BeamChoice = BeamChoice()
     priority: Priority = Priority.NORMAL
     deadline_monotonic_s: float | None = None
+    forced_first_token_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

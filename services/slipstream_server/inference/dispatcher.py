@@ -38,74 +38,160 @@ from slipstream_server.inference.generation import (
     GenerationRequest,
     PromptLogprobs,
     Submit,
+    SubmitTask,
+    TaskResults,
     Tokens,
 )
 from slipstream_server.inference.worker_errors import error_of
+from slipstream_server.tasks.items import TaskRequest
 
 _log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 
+RequestEvent = Admitted | PromptLogprobs | Tokens | TaskResults | Finished | Failed
+_OF_REQUESTS = (Admitted, PromptLogprobs, Tokens, TaskResults, Finished, Failed)
 
-class RequestSink(Protocol):
+
+class Sink(Protocol):
     """Where the events of one request go. After ``finished`` or ``fail`` nothing more comes."""
 
     def admitted(self, event: Admitted) -> None: ...
-    def tokens(self, event: Tokens) -> bool:
-        """True where a stop string ended the sequence, so that the worker is to end it too."""
-
-    def prompt_logprobs(self, event: PromptLogprobs) -> None: ...
     def finished(self) -> None: ...
     def fail(self, error: SlipstreamError) -> None: ...
 
 
+class RequestSink(Sink, Protocol):
+    """The sink of a generation."""
+
+    def tokens(self, event: Tokens) -> bool:
+        """True where a stop string ended the sequence, so that the worker is to end it too."""
+
+    def prompt_logprobs(self, event: PromptLogprobs) -> None: ...
+
+
+class TaskSink(Sink, Protocol):
+    """The sink of a task. A request that starts over gives results a second time."""
+
+    def results(self, event: TaskResults) -> None: ...
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
-class Ticket:
-    """A request on its way.
+class Errand:
+    """A request of any kind on its way.
 
     ``num_deaths`` counts workers that died with it, ``has_joined`` says that it is in a batch, ``has_tokens`` that it
     cannot start over.
     """
 
-    request: GenerationRequest
-    sink: RequestSink
     arrival_s: float = field(default_factory=time.monotonic)
     num_deaths: int = 0
     has_joined: bool = False
     has_tokens: bool = False
 
     @property
+    def asked(self) -> GenerationRequest | TaskRequest:
+        """What the worker is asked to do."""
+        raise NotImplementedError
+
+    @property
+    def told(self) -> Sink:
+        """Who is told what comes of it."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """What it adds to the queue's tokens."""
+        raise NotImplementedError
+
+    @property
+    def num_rows(self) -> int:
+        """What it adds to the worker's rows."""
+        raise NotImplementedError
+
+    def command(self) -> Command:
+        """What sends it to the worker."""
+        raise NotImplementedError
+
+    @property
     def id(self) -> int:
-        return self.request.id
+        return self.asked.id
 
     @property
     def priority(self) -> Priority:
-        return Priority(self.request.priority)
+        return Priority(self.asked.priority)
+
+    @property
+    def deadline_s(self) -> float:
+        deadline_s = self.asked.deadline_monotonic_s
+        return math.inf if deadline_s is None else deadline_s
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Ticket(Errand):
+    """A generation on its way."""
+
+    request: GenerationRequest
+    sink: RequestSink
+
+    @property
+    def asked(self) -> GenerationRequest:
+        return self.request
+
+    @property
+    def told(self) -> RequestSink:
+        return self.sink
 
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
     @property
-    def deadline_s(self) -> float:
-        deadline_s = self.request.deadline_monotonic_s
-        return math.inf if deadline_s is None else deadline_s
+    def num_rows(self) -> int:
+        return max(self.request.num_return_sequences, self.request.beams.num_beams)
+
+    def command(self) -> Command:
+        return Submit(self.request)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class TaskTicket(Errand):
+    """Inputs of a task on their way. ``num_tokens`` is estimated: only the worker tokenizes them."""
+
+    request: TaskRequest
+    sink: TaskSink
+    num_tokens: int = 0
+
+    @property
+    def asked(self) -> TaskRequest:
+        return self.request
+
+    @property
+    def told(self) -> TaskSink:
+        return self.sink
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return self.num_tokens
 
     @property
     def num_rows(self) -> int:
-        return max(self.request.num_return_sequences, self.request.beams.num_beams)
+        return len(self.request.inputs)
+
+    def command(self) -> Command:
+        return SubmitTask(self.request)
 
 
 class Dispatcher:
     """The requests of one model."""
 
     def __init__(self, *, limits: AdmissionLimits, max_rows: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.queue = AdmissionQueue[Ticket](limits, clock)
+        self.queue = AdmissionQueue[Errand](limits, clock)
         self._max_rows = max_rows
         self._clock = clock
-        self._in_flight: dict[int, Ticket] = {}
+        self._in_flight: dict[int, Errand] = {}
         self._num_rows = 0
-        self._suspect: Ticket | None = None
+        self._suspect: Errand | None = None
         self._send: Callable[[Command], None] | None = None
         self._idle = asyncio.Event()
 
@@ -144,21 +230,21 @@ class Dispatcher:
             self._idle.clear()
             await self._idle.wait()
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Errand) -> None:
         """Take a request; raises QueueFull."""
         self.queue.put(ticket)
         self._pump()
 
-    def withdraw(self, ticket: Ticket) -> None:
+    def withdraw(self, ticket: Errand) -> None:
         """The request is not wanted any more; its sink hears nothing."""
         if not self.queue.remove(ticket) and self._leave(ticket) and self._send is not None:
             self._send(Cancel(ticket.id))
         self._pump()
 
-    def expire(self, ticket: Ticket) -> None:
+    def expire(self, ticket: Errand) -> None:
         """The request's deadline has passed."""
         self.withdraw(ticket)
-        ticket.sink.fail(_too_late())
+        ticket.told.fail(_too_late())
 
     def connect(self, send: Callable[[Command], None]) -> None:
         """A worker is ready; ``send`` never blocks."""
@@ -174,9 +260,9 @@ class Dispatcher:
             ticket.num_deaths += 1
             ticket.has_joined = False
             if ticket.has_tokens:
-                ticket.sink.fail(WorkerDied("the model's worker died in the middle of the answer", retry_after_s=1.0))
+                ticket.told.fail(WorkerDied("the model's worker died in the middle of the answer", retry_after_s=1.0))
             elif ticket.num_deaths >= MAX_DEATHS:
-                ticket.sink.fail(WorkerDied(f"{ticket.num_deaths} workers died while they held this request"))
+                ticket.told.fail(WorkerDied(f"{ticket.num_deaths} workers died while they held this request"))
             else:
                 self.queue.put_back(ticket)
         self._note_idle()
@@ -187,12 +273,12 @@ class Dispatcher:
         for ticket in [*self._in_flight.values(), *self.queue]:
             self.queue.remove(ticket)
             self._leave(ticket)
-            ticket.sink.fail(error)
+            ticket.told.fail(error)
         self._note_idle()
 
     def handle(self, event: Event) -> None:
         """Pass one event of the worker on; events of requests that have left are ignored."""
-        if not isinstance(event, Admitted | PromptLogprobs | Tokens | Finished | Failed):
+        if not isinstance(event, _OF_REQUESTS):
             return
         ticket = self._in_flight.get(event.id)
         if ticket is None:
@@ -203,27 +289,36 @@ class Dispatcher:
             log_id = uuid.uuid4().hex[:12]
             _log.exception("request failed in the front, log id %s", log_id)
             self.withdraw(ticket)
-            ticket.sink.fail(InternalError(f"internal error {log_id}"))
+            ticket.told.fail(InternalError(f"internal error {log_id}"))
 
-    def _pass_on(self, ticket: Ticket, event: Admitted | PromptLogprobs | Tokens | Finished | Failed) -> None:
+    def _pass_on(self, ticket: Errand, event: RequestEvent) -> None:
         match event:
             case Admitted():
                 ticket.has_joined = True
-                ticket.sink.admitted(event)
-            case PromptLogprobs():
-                ticket.sink.prompt_logprobs(event)
-            case Tokens():
-                self._clear(ticket)
-                ticket.has_joined = ticket.has_tokens = True
-                if ticket.sink.tokens(event) and self._send is not None:
-                    self._send(EndSequence(event.id, event.index))
+                ticket.told.admitted(event)
             case Finished():
                 self._leave(ticket)
-                ticket.sink.finished()
+                ticket.told.finished()
             case Failed():
                 self._leave(ticket)
-                ticket.sink.fail(error_of(event.reason, event.message))
+                ticket.told.fail(error_of(event.reason, event.message))
+            case TaskResults():
+                if isinstance(ticket, TaskTicket):
+                    ticket.has_joined = True
+                    ticket.sink.results(event)
+            case PromptLogprobs() | Tokens():
+                if isinstance(ticket, Ticket):
+                    self._pass_on_tokens(ticket, event)
         self._pump()
+
+    def _pass_on_tokens(self, ticket: Ticket, event: PromptLogprobs | Tokens) -> None:
+        if isinstance(event, PromptLogprobs):
+            ticket.sink.prompt_logprobs(event)
+            return
+        self._clear(ticket)
+        ticket.has_joined = ticket.has_tokens = True
+        if ticket.sink.tokens(event) and self._send is not None:
+            self._send(EndSequence(event.id, event.index))
 
     def _pump(self) -> None:
         while self._send is not None and self._suspect is None and (ticket := self.queue.peek()) is not None:
@@ -231,28 +326,28 @@ class Dispatcher:
                 break
             if ticket.deadline_s <= self._clock():  # its timer is about to fire
                 self.queue.remove(ticket)
-                ticket.sink.fail(_too_late())
+                ticket.told.fail(_too_late())
                 continue
             self.queue.take(ticket)
             self._in_flight[ticket.id] = ticket
             self._num_rows += ticket.num_rows
             if ticket.num_deaths:
                 self._suspect = ticket
-            self._send(Submit(ticket.request))
+            self._send(ticket.command())
         self._note_idle()
 
     def _note_idle(self) -> None:
         if not self._in_flight and not len(self.queue):
             self._idle.set()
 
-    def _leave(self, ticket: Ticket) -> bool:
+    def _leave(self, ticket: Errand) -> bool:
         self._clear(ticket)
         if self._in_flight.pop(ticket.id, None) is None:
             return False
         self._num_rows -= ticket.num_rows
         return True
 
-    def _clear(self, ticket: Ticket) -> None:
+    def _clear(self, ticket: Errand) -> None:
         if self._suspect is ticket:
             self._suspect = None
 
@@ -264,8 +359,8 @@ class Dispatcher:
         assert self._suspect is None or self._suspect.id in self._in_flight
 
 
-def _adapters_of(tickets: Iterable[Ticket]) -> frozenset[str]:
-    pins = (ticket.request.adapter for ticket in tickets)
+def _adapters_of(tickets: Iterable[Errand]) -> frozenset[str]:
+    pins = (ticket.request.adapter for ticket in tickets if isinstance(ticket, Ticket))
     return frozenset(adapter_id(pin.version) for pin in pins if pin is not None)
 
 

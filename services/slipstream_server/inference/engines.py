@@ -1,4 +1,4 @@
-"""Which engine runs a model, and what the model can do: decided here and nowhere else. Torch-free; any thread."""
+"""Which engine runs a model: decided here and nowhere else. Torch-free; any thread."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from typing import Final, cast, get_args
 from slipstream_server.errors import UnsupportedField
 from slipstream_server.inference.worker_config import EngineName
 from slipstream_server.models.facts import Family, ModelFacts
+from slipstream_server.models.task_classes import writes_text
 
 PADDED: Final = "padded"
 CONTINUOUS: Final = "continuous"
 TASKS: Final = "tasks"
 NULL: Final = "null"
 BUILT: frozenset[str] = frozenset(get_args(EngineName))
-
-_TASKS_BY_ENDING = {
-    "ForSequenceClassification": ("text-classification",),
-    "ForTokenClassification": ("token-classification",),
-    "ForQuestionAnswering": ("question-answering",),
-    "ForMaskedLM": ("fill-mask", "feature-extraction"),
-}
 
 
 def engine_for(facts: ModelFacts, asked: str, configured: str) -> EngineName:
@@ -30,7 +24,7 @@ def engine_for(facts: ModelFacts, asked: str, configured: str) -> EngineName:
     """
     if configured == NULL:
         return NULL
-    if not facts.is_generative:
+    if not writes_text(facts):
         return _engine_without_generation(facts, asked)
     if asked == CONTINUOUS and not runs_continuously(facts):
         raise UnsupportedField.of(
@@ -47,17 +41,6 @@ def runs_continuously(facts: ModelFacts) -> bool:
     return CONTINUOUS in BUILT and facts.family is Family.DECODER and keeps_keys_and_values
 
 
-def tasks_of(facts: ModelFacts) -> tuple[str, ...]:
-    """What a model with this head can do, by the ids of tasks."""
-    if facts.is_generative:
-        return ("text2text-generation",) if facts.family is Family.ENCODER_DECODER else ("text-generation",)
-    for architecture in facts.architectures:
-        for ending, tasks in _TASKS_BY_ENDING.items():
-            if architecture.endswith(ending):
-                return tasks + (("zero-shot-classification",) if _tells_entailment(facts) else ())
-    return ("feature-extraction",)
-
-
 def kind(facts: ModelFacts) -> str:
     """The model's class, for messages."""
     return facts.architectures[0][:80] if facts.architectures else facts.model_type[:80]
@@ -71,7 +54,3 @@ def _engine_without_generation(facts: ModelFacts, asked: str) -> EngineName:
             "name", f"a {kind(facts)} has no head to generate with, and this build serves no other"
         )
     return cast(EngineName, TASKS)
-
-
-def _tells_entailment(facts: ModelFacts) -> bool:
-    return any(label.lower().startswith("entail") for label in facts.labels)

@@ -13,9 +13,10 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -38,7 +39,14 @@ from slipstream_server.inference.served_model import ModelPlan as ModelPlan
 from slipstream_server.inference.served_model import ServedModel
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.supervisor import ModelState, ModelStatus, RestartPolicy
+from slipstream_server.inference.task_calls import TaskCall, check_model, check_task, choose_model, served_tasks
+from slipstream_server.inference.task_runs import TaskRun, WorkerRun, WriterRun
 from slipstream_server.models.tokenizer import TokenSpan
+from slipstream_server.tasks.generation_prompts import shape_of
+from slipstream_server.tasks.generation_settings import settings_of
+from slipstream_server.tasks.parameters import check_parameters
+from slipstream_server.tasks.registry import NamedTask
+from slipstream_server.tasks.specs import TaskSpec
 
 AdapterResolver = Callable[[str, str], Awaitable[AdapterPin | None]]
 """Model and adapter as a request names it (empty: the model's default) to an immutable version; None is the base."""
@@ -54,6 +62,8 @@ class FrontConfig:
     write_timeout_s: float = 60.0
     drain_retry_after_s: float = 5.0
     default_model: str = ""
+    task_models: Mapping[str, str] = field(default_factory=dict)
+    """Task id -> model of requests that name none."""
 
 
 class InferenceFront:
@@ -72,6 +82,7 @@ class InferenceFront:
         self._models: dict[str, ServedModel] = {}
         self._expected = ExpectedModels()
         self._streams: dict[GenerationStream, asyncio.TimerHandle | None] = {}
+        self._task_runs: set[TaskRun] = set()
         self._request_ids = itertools.count(1)
         self._threads = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenize")
         self._is_draining = False
@@ -113,8 +124,11 @@ class InferenceFront:
         """End every stream and every worker. Idempotent."""
         self._is_draining = True
         self._stop.set()
+        stopped = Unavailable("the service has stopped", retry_after_s=self._config.drain_retry_after_s)
         for stream in list(self._streams):
-            stream.fail(Unavailable("the service has stopped", retry_after_s=self._config.drain_retry_after_s))
+            stream.fail(stopped)
+        for run in list(self._task_runs):
+            run.fail(stopped)
         if self._main is not None:
             await asyncio.gather(self._main, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -291,6 +305,7 @@ class InferenceFront:
         Draining or DeadlineExceeded; with an adapter, also what its resolver does.
         """
         model = self._ready(call.model)
+        model.check_generates()
         check_call(call, model.limits)
         arrival_s = time.monotonic()
         model.dispatcher.queue.reserve()
@@ -333,6 +348,74 @@ class InferenceFront:
         model.dispatcher.submit(stream.ticket)
         self._hold(stream, model)
         return stream
+
+    async def open_task(self, call: TaskCall) -> TaskRun:
+        """Begin a task: the run takes inputs and gives results. It must be closed.
+
+        Raises InvalidField, UnknownParameter, UnsupportedField, WrongState, MissingDependency, ModelNotFound,
+        ModelNotReady, Draining or DeadlineExceeded; with an adapter, also what its resolver does.
+        """
+        task = check_task(call)
+        parameters = check_parameters(task.spec, call.parameters)
+        model = self._ready(call.model or self.task_model(task.spec))
+        check_model(task.spec, model.plan.name, model.plan.facts, model.plan.worker.load)
+        _check_deadline(call)
+        if task.spec.runs_by == "generate":
+            run = await self._writer_run(task, call, parameters, model)
+        else:
+            run = self._worker_run(task, call, parameters, model)
+        self._task_runs.add(run)
+        self._idle.clear()
+        return run
+
+    def task_model(self, spec: TaskSpec) -> str:
+        """The model of a task request that names none. Raises ModelNotFound or InvalidField."""
+        return choose_model(
+            spec,
+            configured=self._config.task_models,
+            default=self._config.default_model,
+            able=lambda name: spec.id in self.tasks_of(name),
+            known=self._models,
+        )
+
+    def tasks_of(self, name: str) -> tuple[str, ...]:
+        """The ids of the tasks that a model can do; none while it is only announced. Raises ModelNotFound."""
+        plan = self.plan(name)
+        return () if plan is None else served_tasks(plan.facts, plan.worker.load)
+
+    def _worker_run(
+        self, task: NamedTask, call: TaskCall, parameters: Mapping[str, Any], model: ServedModel
+    ) -> TaskRun:
+        return WorkerRun(
+            task.spec,
+            model=model.plan.name,
+            parameters=parameters,
+            dispatcher=model.dispatcher,
+            request_ids=self._request_ids,
+            deadline_monotonic_s=call.deadline_monotonic_s,
+            on_leave=self._run_left,
+        )
+
+    async def _writer_run(
+        self, task: NamedTask, call: TaskCall, parameters: Mapping[str, Any], model: ServedModel
+    ) -> TaskRun:
+        shape = shape_of(task, parameters, model.writing)
+        text, context_tokens = model.text, model.limits.context_tokens
+        adapter = await self._adapter(model.plan.name, call.adapter)
+        return WriterRun(
+            task.spec,
+            model=model.plan.name,
+            adapter=call.adapter,
+            adapter_version=adapter.version if adapter else "",
+            parameters=parameters,
+            shape=shape,
+            settings=settings_of(task, parameters, shape.own, model.writing),
+            context_tokens=context_tokens,
+            write_prompt=lambda given, how: text.write(given, how, context_tokens),
+            open_generation=self.open,
+            deadline_monotonic_s=call.deadline_monotonic_s,
+            on_leave=self._run_left,
+        )
 
     async def tokenize(self, model: str, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
         """The tokens of ``text`` and the characters they cover."""
@@ -394,7 +477,14 @@ class InferenceFront:
         model = self._models.get(stream.model)
         if model is not None:
             model.dispatcher.withdraw(stream.ticket)
-        if not self._streams:
+        self._note_idle()
+
+    def _run_left(self, run: TaskRun) -> None:
+        self._task_runs.discard(run)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._streams and not self._task_runs:
             self._idle.set()
 
     async def _cut_off_slow_readers(self) -> None:
@@ -405,6 +495,6 @@ class InferenceFront:
                     stream.cut_off()
 
 
-def _check_deadline(call: GenerateCall) -> None:
+def _check_deadline(call: GenerateCall | TaskCall) -> None:
     if call.deadline_monotonic_s is not None and call.deadline_monotonic_s <= time.monotonic():
         raise DeadlineExceeded("the deadline passed before the request was queued")

@@ -68,7 +68,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, complete. ``deadline_monotonic_s`` is CLOCK_MONOTONIC, which processes of one machine share.
 
     ``logprobs`` and ``prompt_logprobs``: number of alternatives wanted, 0 for the chosen token alone, None for none.
-    For an encoder-decoder model ``prompt_token_ids`` is the encoder's input.
+    For an encoder-decoder model ``prompt_token_ids`` is the encoder's input, and ``forced_first_token_id`` what its
+    answer begins with, in place of the generation_config's forced_bos_token_id.
     """
 
     id: int
@@ -82,6 +83,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 1
     deadline_monotonic_s: float | None = None
     adapter: AdapterPin | None = None
+    forced_first_token_id: int | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slipstream_server.errors import InvalidField, UnsupportedField
-from slipstream_server.inference.engines import CONTINUOUS, engine_for
+from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for, kind
 from slipstream_server.inference.load_choice import BALANCED, STORED_QUANTIZATIONS, LoadChoice
 from slipstream_server.inference.served_model import ModelPlan
+from slipstream_server.inference.task_calls import served_tasks
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts
 from slipstream_server.models.load_options import LoadOptions, parse_load_options
@@ -49,10 +50,15 @@ def plan_of(
     engine = engine_for(facts, choice.batching, defaults.batching)
     if choice.prefix_caching and engine != CONTINUOUS:
         raise UnsupportedField.of("options.prefix_caching", f"the {engine} batcher keeps no prefixes")
+    load = _load_options(prepared, choice, defaults)
+    tasks = served_tasks(facts, load) if engine == TASKS else ()
+    if engine == TASKS and not tasks:
+        raise UnsupportedField.of("name", f"a {kind(facts)} can do no task that this build knows")
     worker = WorkerConfig(
         model_folder=prepared.folder,
-        load=_load_options(prepared, choice, defaults),
+        load=load,
         engine=engine,
+        tasks=tasks,
         max_batch_size=choice.max_running_sequences or defaults.max_batch_size,
         max_batch_tokens=defaults.max_batch_tokens,
         max_queue_delay_ms=defaults.max_queue_delay_ms,

@@ -19,6 +19,7 @@ from slipstream_server.inference.calls import ChatMessage, ChatPrompt, Prompt, T
 from slipstream_server.inference.detokenizer import DetokenizerFactory
 from slipstream_server.models.chat_template import RESERVED_PARAMETERS, ChatTemplate
 from slipstream_server.models.tokenizer import SPECIAL_TOKEN_NAMES, TextTokenizer, TokenSpan
+from slipstream_server.tasks.generation_prompts import PromptShape, WrittenPrompt, write_prompt
 
 MAX_TEXT_BYTES = 1024 * 1024
 MAX_MESSAGES = 4096
@@ -69,6 +70,13 @@ class PromptEncoder:
                 return await self._run(self._encode_text, prompt.text, prompt.add_special_tokens, with_text)
             case ChatPrompt():
                 return await self._run(self._encode_chat, prompt, context_tokens, with_text)
+
+    async def write(self, text: str, shape: PromptShape, context_tokens: int) -> WrittenPrompt:
+        """The prompt of a task's input; raises InvalidField or PromptTooLong."""
+        check_text(text, "text")
+        if not shape.truncation:
+            self._check_length(text, context_tokens, "text")
+        return await self._run(write_prompt, text, shape, self.tokenizer, context_tokens)
 
     async def spans(self, text: str, *, add_special_tokens: bool) -> list[TokenSpan]:
         check_text(text, "text")

@@ -132,6 +132,7 @@ def resolve(
         priority=int(call.priority),
         deadline_monotonic_s=call.deadline_monotonic_s,
         adapter=adapter,
+        forced_first_token_id=call.forced_first_token_id,
     )
     for field, why in unsupported_with_beams(request):
         raise UnsupportedField.of(field, why)

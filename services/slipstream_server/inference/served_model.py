@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from slipstream_server.errors import SlipstreamError
+from slipstream_server.errors import SlipstreamError, WrongState
 from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.dispatcher import Dispatcher
+from slipstream_server.inference.engines import TASKS
 from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.prompts import PromptEncoder
 from slipstream_server.inference.resolve import ResolveLimits
@@ -21,8 +22,13 @@ from slipstream_server.inference.supervisor import ModelState, ModelStatus, Rest
 from slipstream_server.inference.worker_config import WorkerConfig, worker_command
 from slipstream_server.inference.worker_process import WorkerLaunch
 from slipstream_server.models.facts import ModelFacts
+from slipstream_server.tasks.generation_models import WritingModel
 
 _log = logging.getLogger(__name__)
+
+# Rows in the worker and on their way to it, as a multiple of a batch. Tasks are sorted by size before they are batched.
+_ROWS_AHEAD = 2
+_TASK_ROWS_AHEAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +62,10 @@ class ServedModel:
         on_change: Callable[[], None],
     ) -> None:
         self.plan = plan
-        self.limits = ResolveLimits.of(plan.facts, max_context_tokens=plan.max_context_tokens)
+        self.limits = _limits(plan)
         self.metrics = metrics
-        self.dispatcher = Dispatcher(limits=admission, max_rows=2 * plan.worker.max_batch_size)
+        rows_ahead = _TASK_ROWS_AHEAD if self.runs_tasks else _ROWS_AHEAD
+        self.dispatcher = Dispatcher(limits=admission, max_rows=rows_ahead * plan.worker.max_batch_size)
         self.supervisor = WorkerSupervisor(
             status=ModelStatus(model=plan.name),
             launch=plan.launch or WorkerLaunch(command=partial(worker_command, plan.worker)),
@@ -70,12 +77,18 @@ class ServedModel:
         self.task: asyncio.Task[None] | None = None
         self.last_used_s = time.monotonic()
         self._encoder: PromptEncoder | None = None
+        self._writing: WritingModel | None = None
         metrics.watch(
             running=lambda: self.dispatcher.num_running,
             waiting=lambda: self.dispatcher.num_waiting,
             adapter_slots=plan.worker.adapter_slots,
             adapters=self.dispatcher.adapters_in_use,
         )
+
+    @property
+    def runs_tasks(self) -> bool:
+        """Whether its worker runs tasks; else it generates."""
+        return self.plan.worker.engine == TASKS
 
     @property
     def status(self) -> ModelStatus:
@@ -88,8 +101,28 @@ class ServedModel:
         They need no worker: they answer as soon as they are read; ModelNotReady before.
         """
         if self._encoder is None:
+            if not self.has_text:
+                raise WrongState(f"model {self.plan.name} reads no text", metadata={"state": "NO_TOKENIZER"})
             raise self._not_ready()
         return self._encoder
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a tokenizer that the front can read; models of pictures and sounds may lack one."""
+        return not self.runs_tasks or self.plan.facts.has_tokenizer
+
+    @property
+    def writing(self) -> WritingModel:
+        """How its files say that text is to be written; ModelNotReady before they are read."""
+        if self._writing is None:
+            raise self._not_ready()
+        return self._writing
+
+    def check_generates(self) -> None:
+        """Raise WrongState for a model without a head to generate with."""
+        if self.runs_tasks:
+            text = f"model {self.plan.name} has no head to generate with; RunTask says what it can do"
+            raise WrongState(text, metadata={"state": "NO_GENERATION_HEAD"})
 
     def check_ready(self) -> None:
         """Raise ModelNotReady, or why the model FAILED."""
@@ -99,7 +132,10 @@ class ServedModel:
     async def serve(self, threads: ThreadPoolExecutor) -> None:
         """Never returns; cancel it to end the worker."""
         try:
-            self._encoder = await PromptEncoder.load(self.plan.folder, threads)
+            if self.has_text:
+                self._encoder = await PromptEncoder.load(self.plan.folder, threads)
+            if not self.runs_tasks:
+                self._writing = await asyncio.to_thread(WritingModel.read, self.plan.folder, self.plan.facts)
         except SlipstreamError as error:
             _log.error("model %s: %s", self.plan.name, error.message)
             await self.supervisor.give_up(error)
@@ -107,3 +143,10 @@ class ServedModel:
 
     def _not_ready(self) -> SlipstreamError:
         return not_ready(self.status, self.supervisor.retry_after_s)
+
+
+def _limits(plan: ModelPlan) -> ResolveLimits:
+    """A model that does not generate needs no vocabulary."""
+    if plan.worker.engine == TASKS and plan.facts.vocab_size is None:
+        return ResolveLimits(context_tokens=plan.facts.context_tokens or 0, vocab_size=0)
+    return ResolveLimits.of(plan.facts, max_context_tokens=plan.max_context_tokens)

@@ -20,8 +20,17 @@ from types import FrameType
 
 from slipstream_server.errors import InternalError, SlipstreamError
 from slipstream_server.inference.engine.core import Engine
-from slipstream_server.inference.generation import Cancel, EndSequence, LoadFailed, Loading, Ready, Shutdown, Submit
-from slipstream_server.inference.worker_channel import Channel, Gone
+from slipstream_server.inference.generation import (
+    Cancel,
+    EndSequence,
+    LoadFailed,
+    Loading,
+    Ready,
+    Shutdown,
+    Submit,
+    SubmitTask,
+)
+from slipstream_server.inference.worker_channel import Channel, Gone, Woken
 from slipstream_server.inference.worker_config import WorkerConfig, decode_config
 from slipstream_server.logs import configure_logging
 from slipstream_server.models.priority import lower_thread, lowered_group
@@ -74,6 +83,10 @@ class Worker:
         """
 
         def assemble_in_background() -> tuple[Engine, Ready]:
+            if config.engine == "tasks":
+                from slipstream_server.inference.engine.task_assembly import assemble_tasks
+
+                return assemble_tasks(config, self._report, self._channel.wake)
             from slipstream_server.inference.engine.assembly import assemble
 
             return assemble(config, self._report, self.poll)
@@ -106,14 +119,17 @@ class Worker:
             if isinstance(command, Gone | Shutdown):
                 logger.info("worker ends: %s", "the front is gone" if isinstance(command, Gone) else "told to")
                 return False
-            self._carry_out(command)
+            if not isinstance(command, Woken):
+                self._carry_out(command)
             command = self._channel.next_command(0.0)
         return True
 
-    def _carry_out(self, command: Submit | Cancel | EndSequence) -> None:
+    def _carry_out(self, command: Submit | SubmitTask | Cancel | EndSequence) -> None:
         engine = self._engine_or_fail()
         match command:
             case Submit(request):
+                engine.submit(request)
+            case SubmitTask(request):
                 engine.submit(request)
             case Cancel(request_id):
                 engine.cancel(request_id)

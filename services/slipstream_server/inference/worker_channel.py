@@ -18,12 +18,8 @@ from pathlib import Path
 
 from slipstream_server.inference.generation import (
     MAX_FRAME_BYTES,
-    Cancel,
     Command,
-    EndSequence,
     Event,
-    Shutdown,
-    Submit,
     decode_command,
     encode_events,
 )
@@ -41,12 +37,16 @@ class Gone:
     """In place of a command: the front has closed the connection, or does not speak the protocol."""
 
 
+class Woken:
+    """In place of a command: the engine has something to do."""
+
+
 class Channel:
     """A connected socket with its two threads."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
-        self._inbox: queue.Queue[Command | Gone] = queue.Queue(_MAX_COMMANDS)
+        self._inbox: queue.Queue[Command | Gone | Woken] = queue.Queue(_MAX_COMMANDS)
         self._outbox: queue.Queue[list[Event] | None] = queue.Queue(_MAX_STEPS)
         self._gone = threading.Event()
         self._writer = threading.Thread(target=self._write, name="events-out", daemon=True)
@@ -61,12 +61,17 @@ class Channel:
         connection.connect(str(path))
         return cls(connection)
 
-    def next_command(self, wait_s: float | None) -> Submit | Cancel | EndSequence | Shutdown | Gone | None:
+    def next_command(self, wait_s: float | None) -> Command | Gone | Woken | None:
         """The next command, after at most ``wait_s`` seconds (None: no limit); None where there is none."""
         try:
             return self._inbox.get(block=wait_s != 0.0, timeout=wait_s)
         except queue.Empty:
             return None
+
+    def wake(self) -> None:
+        """Let ``next_command`` return. From any thread; nothing waits where commands lie ready anyway."""
+        with suppress(queue.Full):
+            self._inbox.put_nowait(Woken())
 
     def send(self, events: list[Event]) -> bool:
         """Hand over the events of one step; waits while the front reads slower than we write. False once it is gone."""

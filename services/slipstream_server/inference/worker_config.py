@@ -14,7 +14,7 @@ import msgspec
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.models.load_options import LoadOptions
 
-EngineName = Literal["padded", "null"]
+EngineName = Literal["padded", "tasks", "null"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,11 +23,13 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep linear weights in oneDNN's
     own layout as well, where that gives the same products (faster; their memory once more). ``adapter_slots``:
     adapters held on the device at once, which is also the most that one batch mixes; 0 for a model without adapters.
+    ``tasks``: the ids of those that the engine "tasks" runs, all with one head.
     """
 
     model_folder: Path | None = None
     load: LoadOptions = LoadOptions()
     engine: EngineName = "padded"
+    tasks: tuple[str, ...] = ()
     max_batch_size: int = 16
     max_batch_tokens: int = 16384
     max_queue_delay_ms: float = 5.0

@@ -31,6 +31,7 @@ def beam_key(request: GenerationRequest) -> Hashable:
         (stopping.max_new_tokens, stopping.min_new_tokens, stopping.eos_token_ids, stopping.stop_token_ids),
         (sampling.repetition_penalty, sampling.no_repeat_ngram_size, tuple(sorted(sampling.logit_bias.items()))),
         len(request.prompt_token_ids) if looks_back else None,
+        request.forced_first_token_id,
     )
 
 
@@ -70,7 +71,9 @@ def _settings(traits: Traits, request: GenerationRequest) -> dict[str, Any]:
     its end token.
     """
     sampling, stopping, beams = request.sampling, request.stopping, request.beams
+    forced = {} if (first := request.forced_first_token_id) is None else {"forced_bos_token_id": first}
     return {
+        **forced,
         "do_sample": False,
         "max_length": None,
         "min_length": 0,

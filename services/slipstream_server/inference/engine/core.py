@@ -9,7 +9,7 @@ Torch-free, so that the scheduler and its tests never load a model. Everything h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,11 @@ class Row:
         return self._length - self.num_context
 
     @property
+    def num_tokens(self) -> int:
+        """Context and generated tokens."""
+        return self._length
+
+    @property
     def is_live(self) -> bool:
         """Whether further tokens of this row are wanted."""
         return self.finish_reason is None and not self.dropped
@@ -92,10 +97,13 @@ class Generation:
 
 
 class Engine(Protocol):
-    """What the worker drives. One thread calls everything; ``step`` never waits for anything but the device."""
+    """What the worker drives, be its requests generations or tasks.
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Take a request. It ends in one terminal event, unless it is cancelled."""
+    One thread calls everything; ``step`` never waits for anything but the device.
+    """
+
+    def submit(self, request: Any) -> None:
+        """Take a request of the engine's own kind. It ends in one terminal event, unless it is cancelled."""
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; no event follows. Unknown ids are ignored."""

@@ -90,12 +90,14 @@ class Processors:
         self._penalized = _pick(rows, lambda s: s.presence_penalty != 0.0 or s.frequency_penalty != 0.0)
         self._ngrams = _pick(rows, lambda s: s.no_repeat_ngram_size > 0)
         self._unending = [(i, row) for i, row in enumerate(rows) if row.request.stopping.min_new_tokens > 0]
+        forces = any(row.request.forced_first_token_id is not None for row in rows)
+        self._has_rules = forces or not rules.is_empty
 
     @property
     def are_needed(self) -> bool:
         """Whether any step would change anything."""
         steps = (self._biased, self._repetitive, self._penalized, self._ngrams, self._unending)
-        return any(steps) or not self._rules.is_empty
+        return any(steps) or self._has_rules
 
     def apply(self, scores_RV: torch.Tensor) -> None:
         """Change the scores in place."""
@@ -109,7 +111,7 @@ class Processors:
             self._ban_ngrams(scores_RV)
         if self._unending:
             self._ban_endings(scores_RV)
-        if not self._rules.is_empty:
+        if self._has_rules:
             self._apply_rules(scores_RV)
 
     def _add_biases(self, scores_RV: torch.Tensor) -> None:
@@ -157,24 +159,28 @@ class Processors:
     def _apply_rules(self, scores_RV: torch.Tensor) -> None:
         rules = self._rules
         pairs = Pairs(scores_RV.shape[1])
-        first = 0 if rules.forced_first is None else 1
         for index, row in enumerate(self._rows):
             if (forced := self._forced(row)) is not None:
                 scores_RV[index] = -torch.inf
                 scores_RV[index, list(forced)] = 0.0
             pairs.add(index, rules.suppressed)
-            if row.num_generated == first:
+            if row.num_generated == (0 if self._first_forced(row) is None else 1):
                 pairs.add(index, rules.suppressed_first)
         _ban(scores_RV, pairs)
 
     def _forced(self, row: Row) -> tuple[int, ...] | None:
         """The only tokens allowed here, if the model's rules force some. Without eos (ignore_eos), no end is forced."""
         rules, stopping = self._rules, row.request.stopping
-        if rules.forced_first is not None and row.num_generated == 0:
-            return (rules.forced_first,)
+        if row.num_generated == 0 and (first := self._first_forced(row)) is not None:
+            return (first,)
         if rules.forced_last and stopping.eos_token_ids and row.num_generated == stopping.max_new_tokens - 1:
             return rules.forced_last
         return None
+
+
+    def _first_forced(self, row: Row) -> int | None:
+        wanted = row.request.forced_first_token_id
+        return self._rules.forced_first if wanted is None else wanted
 
 
 def tokens_completing_ngrams(tokens: TokenArray, size: int) -> TokenArray:

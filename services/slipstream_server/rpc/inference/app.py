@@ -17,7 +17,7 @@ from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
 from slipstream_server.adapters.fitting import ServingBase
 from slipstream_server.config import ConfigError, InferenceConfig, Settings
-from slipstream_server.errors import ModelNotReady, SlipstreamError
+from slipstream_server.errors import InvalidField, ModelNotReady, SlipstreamError
 from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.budget import MemoryBudget
 from slipstream_server.inference.expected import RETRY_AFTER_S
@@ -43,6 +43,7 @@ from slipstream_server.rpc.telemetry import new_registry
 from slipstream_server.storage.database import Database, DatabaseConfig
 from slipstream_server.storage.device_ledger import DeviceLedger
 from slipstream_server.storage.migrations import migrate
+from slipstream_server.tasks.registry import find_task
 
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
 
@@ -135,7 +136,7 @@ def _mounts(front: InferenceFront, loads: ModelLoads, rooms: ModelRooms, default
     return [
         Mount(
             inference_grpc.add_InferenceServiceServicer_to_server,
-            InferenceServicer(front),  # type: ignore[abstract]  # what it leaves out answers UNIMPLEMENTED
+            InferenceServicer(front),
             readiness=partial(_is_ready, front, default_model),
         ),
         Mount(
@@ -187,11 +188,28 @@ def _name_of(source: str) -> str:
     return _NOT_IN_AN_ID.sub("-", last.removesuffix(".gguf").lower()).strip("-")[:63].strip("-")
 
 
+def task_models(config: InferenceConfig) -> dict[str, str]:
+    """Task id -> model of task requests that name none. ConfigError for what is no TASK=MODEL."""
+    found: dict[str, str] = {}
+    for pair in config.task_models:
+        task, equals, model = pair.partition("=")
+        try:
+            if not equals:
+                raise InvalidField.of("inference.task_models", f"{pair!r} is not TASK=MODEL")
+            found[find_task(task, "inference.task_models").spec.id] = check_id(model, "inference.task_models")
+        except SlipstreamError as error:
+            raise ConfigError([error.message]) from None
+    return found
+
+
 def _front_config(settings: Settings, default_model: str) -> FrontConfig:
     config = settings.inference
     admission = AdmissionLimits(max_requests=config.max_queued_requests, max_prompt_tokens=config.max_queued_tokens)
     return FrontConfig(
-        admission=admission, default_model=default_model, write_timeout_s=settings.common.write_timeout_s
+        admission=admission,
+        default_model=default_model,
+        task_models=task_models(config),
+        write_timeout_s=settings.common.write_timeout_s,
     )
 
 

@@ -10,7 +10,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from slipstream.inference.v1 import architecture_pb2, model_service_pb2
 from slipstream.type.v1 import precision_pb2
 from slipstream_server.errors import InvalidField
-from slipstream_server.inference.engines import CONTINUOUS, PADDED, tasks_of
+from slipstream_server.inference.engines import CONTINUOUS, PADDED
 from slipstream_server.inference.front import ModelPlan
 from slipstream_server.inference.generation import Ready
 from slipstream_server.inference.library import StoredModel
@@ -21,6 +21,7 @@ from slipstream_server.models.catalogue import CatalogueEntry, HubSource, builti
 from slipstream_server.models.facts import Family, ModelFacts
 from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization
 from slipstream_server.models.progress import PullStage
+from slipstream_server.models.task_classes import kind_of, tasks_of
 from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference.convert import model_id
 from slipstream_server.rpc.status import status_of
@@ -203,7 +204,7 @@ def _tell_facts(model: Model, facts: ModelFacts) -> None:
     model.vocabulary_size = facts.vocab_size or 0
     model.parameter_count = facts.num_parameters
     model.architecture = facts.architectures[0] if facts.architectures else ""
-    model.family = FAMILIES[facts.family]
+    model.family = architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{kind_of(facts).upper()}")
     model.labels.extend(facts.labels)
     model.has_chat_template = facts.has_chat_template
     model.tasks.extend(task for task in tasks_of(facts) if task not in model.tasks)

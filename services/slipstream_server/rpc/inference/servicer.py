@@ -1,4 +1,4 @@
-"""InferenceService: generation and tokenizers over the front. Lives on the event loop; no torch."""
+"""InferenceService: generation, tasks and tokenizers over the front. Lives on the event loop; no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
-from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from slipstream_server.errors import InvalidField
 from slipstream_server.inference.front import InferenceFront
 from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference import convert
+from slipstream_server.rpc.inference.tasks import TaskMethods
 from slipstream_server.rpc.request_context import deadline_monotonic_s
 
 MAX_DETOKENIZE_IDS = 1_048_576
@@ -20,8 +20,8 @@ MAX_DETOKENIZE_IDS = 1_048_576
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class InferenceServicer(inference_grpc.InferenceServiceServicer):
-    """Generates and tokenizes; what it does not override answers UNIMPLEMENTED."""
+class InferenceServicer(TaskMethods):
+    """Generates, runs tasks and tokenizes."""
 
     def __init__(self, front: InferenceFront) -> None:
         self._front = front
