@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow faults test-clients test-deploy demo bench-serving bench-adapters proto clean
+.PHONY: help setup test lint format types imports unit slow faults test-clients test-deploy demo bench-serving bench-loading bench-adapters proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -70,6 +70,9 @@ demo: $(STAMP) ## start everything on this machine with a small real model, and 
 
 bench-serving: $(STAMP) ## batching against one at a time, and the hop, as JSON lines
 	$(BIN)/python -m tests.bench.serving
+
+bench-loading: $(STAMP) ## what loading a second model costs those who stream from the first, as a JSON line
+	$(BIN)/python -m tests.bench.loading
 
 bench-adapters: $(STAMP) ## what adapters in the batch cost, as JSON lines
 	$(BIN)/python -m tests.bench.adapters

@@ -57,11 +57,11 @@ async def test_waiting_raises_why_a_model_failed(tmp_path: Path) -> None:
 async def test_bad_arguments_are_named(tmp_path: Path) -> None:
     async with model_service(tmp_path, sizes={"tiny": 101}) as service, client_of(service) as client:
         folder(service.root, "tiny")
-        with pytest.raises(InvalidRequestError, match="options.quantization"):
+        with pytest.raises(InvalidRequestError, match=r"options\.quantization"):
             await client.models.load("tiny", quantization="5bit")
         with pytest.raises(TypeError, match="colour"):
             await client.models.load("tiny", colour="blue")
-        with pytest.raises(ResourceExhaustedError, match="101|MiB"):
+        with pytest.raises(ResourceExhaustedError, match="needs about"):
             await client.models.load("tiny")
 
 

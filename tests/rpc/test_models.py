@@ -233,6 +233,30 @@ async def test_a_model_larger_than_all_there_is_is_refused_and_never_asked_again
         assert await service.states() == {}
 
 
+async def test_streams_on_one_model_do_not_notice_that_two_others_load(tmp_path: Path) -> None:
+    async with model_service(tmp_path, sizes=dict.fromkeys(("first", "second", "third"), 10)) as service:
+        for name in ("first", "second", "third"):
+            folder(service.root, name)
+        await service.loaded("first")
+        stopping = generation_pb2.StoppingOptions(max_new_tokens=20)
+        request = inference_pb2.GenerateRequest(model="first", text="hello", stopping=stopping)
+        is_loading = True
+
+        async def stream() -> int:
+            num_answers = 0
+            while is_loading or not num_answers:
+                events = [event async for event in service.inference.StreamGenerate(request)]
+                assert events[-1].finished.usage.completion_tokens == 20
+                num_answers += 1
+            return num_answers
+
+        streaming = [asyncio.create_task(stream()) for _ in range(16)]
+        await asyncio.gather(service.loaded("second"), service.loaded("third"))
+        is_loading = False
+        assert min(await asyncio.gather(*streaming)) >= 1
+        assert set((await service.states()).values()) == {"READY"}
+
+
 async def test_what_was_loaded_is_loaded_again_after_a_restart(tmp_path: Path) -> None:
     async with model_service(tmp_path) as service:
         for name in ("kept", "left"):
