@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ class Steps:
 class _Payload:
     inputs: Any
     forward: dict[str, Any]
+    seed: int | None
 
 
 class PipelineRunner:
@@ -88,12 +90,13 @@ class PipelineRunner:
         except ValueError as error:
             raise InvalidField.of("inputs", f"the model's processor refuses it: {_first_line(error)}") from error
         company = self._steps.company(item, parameters)
-        return [self._piece(each, forward, company) for each in inputs]
+        return [self._piece(_Payload(each, forward, parameters.get("seed")), company) for each in inputs]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         forward = pieces[0].payload.forward
         if len(pieces) == 1:
-            return [full_precision(self._pipeline.forward(_copy(pieces[0].payload.inputs), **forward))]
+            with _seeded(pieces[0].payload.seed):
+                return [full_precision(self._pipeline.forward(_copy(pieces[0].payload.inputs), **forward))]
         batch = _collate([piece.payload.inputs for piece in pieces])
         rows = PipelineIterator([batch], self._pipeline.forward, forward, loader_batch_size=len(pieces))
         return [full_precision(row) for row in rows]
@@ -112,10 +115,18 @@ class PipelineRunner:
         asked = pipeline._sanitize_parameters(**self._steps.arguments(pipeline, item, parameters))
         return tuple({**default, **mine} for default, mine in zip(defaults, asked, strict=True))
 
-    def _piece(self, inputs: Any, forward: dict[str, Any], company: Hashable) -> Piece:
-        shapes = _shapes(inputs)
-        group = Alone() if isinstance(company, Alone) else (shapes, _frozen(forward), company)
-        return Piece(size=_size(shapes), payload=_Payload(inputs, forward), group=group)
+    def _piece(self, payload: _Payload, company: Hashable) -> Piece:
+        shapes = _shapes(payload.inputs)
+        group = Alone() if isinstance(company, Alone) else (shapes, _frozen(payload.forward), company)
+        return Piece(size=_size(shapes), payload=payload, group=group)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draws that depend on ``seed`` alone. Models draw from the process's generators, which only this thread uses."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    yield
 
 
 def _first_line(error: BaseException) -> str:
@@ -144,7 +155,7 @@ def _shapes(inputs: Any) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def _size(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> int:
     """What a row costs, in about as many tokens: words as they are, pictures by patches, sounds by frames."""
-    sizes = {key: shape for key, shape in shapes}
+    sizes = dict(shapes)
     if (pixels := sizes.get("pixel_values")) is not None:
         frames = pixels[1] if len(pixels) == 5 else 1
         return max(1, frames * pixels[-1] * pixels[-2] // PIXELS_PER_TOKEN)

@@ -1,7 +1,7 @@
-"""Pipelines that Transformers 5 has not, or not in a form that serves: the same three steps on its model classes.
+"""Pipelines that Transformers 5 has not, or not as they should be: the same three steps on its model classes.
 
-visual-question-answering and image-to-image were removed in 5.0, captions without a prompt with image-to-text. Behaviour
-is that of version 4.57. Torch-side code of the worker.
+visual-question-answering and image-to-image were removed in 5.0, captions without a prompt with image-to-text. They
+behave as in version 4.57. Torch-side code of the worker.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import GenerationConfig, Pipeline, ZeroShotObjectDetectionPipeline
+from transformers import GenerationConfig, KeypointMatchingPipeline, Pipeline, ZeroShotObjectDetectionPipeline
 
 from slipstream_server.errors import UnsupportedField
 
@@ -143,3 +143,13 @@ class OneImageDetectionPipeline(ZeroShotObjectDetectionPipeline):  # type: ignor
                 **self.tokenizer(label, return_tensors="pt"),
                 **features,
             }
+
+
+class PixelKeypointPipeline(KeypointMatchingPipeline):  # type: ignore[misc]
+    """Points in pixels of pictures that are not square too: Transformers 5.23 hands over width and height for height
+    and width.
+    """
+
+    def preprocess(self, images: Any, timeout: float | None = None) -> dict[str, Any]:
+        prepared: dict[str, Any] = super().preprocess(images, timeout=timeout)
+        return {**prepared, "target_sizes": [(image.height, image.width) for image in images]}

@@ -171,7 +171,7 @@ _MAKERS: Mapping[str, Maker] = {
     "image-segmentation": _of_transformers("ImageSegmentationPipeline", "vision", "SEGMENTATION"),
     "depth-estimation": _of_transformers("DepthEstimationPipeline", "vision", "DEPTH"),
     "mask-generation": _masks,
-    "keypoint-matching": _of_transformers("KeypointMatchingPipeline", "vision", "KEYPOINTS"),
+    "keypoint-matching": _of_ours("rebuilt", "PixelKeypointPipeline", "vision", "KEYPOINTS"),
     "image-text-to-text": _conversations,
     "any-to-any": _conversations,
     "visual-question-answering": _of_ours(

@@ -1,0 +1,406 @@
+"""Every task in batches, against Transformers' own pipeline called plainly on the same model, one input at a time."""
+
+from __future__ import annotations
+
+import io
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from unit.tasks.media import tiny_media as tiny
+import torch
+import transformers as hf
+from PIL import Image
+
+from slipstream_server.tasks import items
+from slipstream_server.tasks.media.runners import media_auto_class, media_runner
+
+PICTURES = [(1, 40, 32), (2, 40, 32), (3, 36, 44)]
+LABELS = ("cat", "dog", "red photo")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.Maker], tuple[Any, Path]]:
+    kept: dict[tiny.Maker, tuple[Any, Path]] = {}
+
+    def make(maker: tiny.Maker) -> tuple[Any, Path]:
+        if maker not in kept:
+            folder = tmp_path_factory.mktemp(maker.__name__)
+            kept[maker] = (maker(folder), folder)
+        return kept[maker]
+
+    return make
+
+
+def batched(runner: Any, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> tuple[list[Any], int]:
+    """The results, and the size of the largest batch: pieces of one group run together."""
+    groups: dict[Any, list[tuple[int, int, Any]]] = defaultdict(list)
+    for index, item in enumerate(inputs):
+        for place, piece in enumerate(runner.prepare(item, parameters)):
+            assert piece.size >= 1
+            groups[piece.group].append((index, place, piece))
+    raw: dict[int, dict[int, Any]] = defaultdict(dict)
+    for members in groups.values():
+        for (index, place, _), result in zip(members, runner.run([piece for *_, piece in members]), strict=True):
+            raw[index][place] = result
+    results = [
+        runner.finish(item, parameters, [raw[index][place] for place in sorted(raw[index])])
+        for index, item in enumerate(inputs)
+    ]
+    return results, max(len(members) for members in groups.values())
+
+
+def plain(task: str, model: Any, folder: Path, *names: str, **more: Any) -> Any:
+    loaders = {
+        "tokenizer": hf.AutoTokenizer,
+        "image_processor": hf.AutoImageProcessor,
+        "feature_extractor": hf.AutoFeatureExtractor,
+        "processor": hf.AutoProcessor,
+    }
+    parts = {name: loaders[name].from_pretrained(folder) for name in names}
+    return hf.pipeline(task, model=model, device="cpu", **parts, **more)
+
+
+def assert_labels(result: Any, expected: list[dict[str, Any]]) -> None:
+    assert [each.label for each in result.labels] == [each["label"] for each in expected]
+    assert [each.score for each in result.labels] == pytest.approx([e["score"] for e in expected], abs=1e-4)
+
+
+def pixels(image: Any) -> np.ndarray:
+    opened = Image.open(io.BytesIO(image.png))
+    assert opened.size == (image.width_pixels, image.height_pixels)
+    return np.asarray(opened)
+
+
+def pictures() -> list[Any]:
+    return [items.ImageInput(data=tiny.png(*size)) for size in PICTURES]
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 2}, {"top_k": 50, "function_to_apply": "sigmoid"}])
+def test_image_classification(made: Any, parameters: dict[str, Any]) -> None:
+    model, folder = made(tiny.vit)
+    runner = media_runner("image-classification", model, folder, torch.device("cpu"))
+    results, largest = batched(runner, pictures(), parameters)
+    assert largest == 3  # resized to one size
+    pipe = plain("image-classification", model, folder, "image_processor")
+    for size, result in zip(PICTURES, results, strict=True):
+        assert_labels(result, pipe(tiny.picture(*size), **parameters))
+        assert all(model.config.id2label[each.label_id] == each.label for each in result.labels)
+
+
+def test_zero_shot_image_classification(made: Any) -> None:
+    model, folder = made(tiny.clip)
+    runner = media_runner("zero-shot-image-classification", model, folder, torch.device("cpu"))
+    inputs = [items.ZeroShotImageInput(image=tiny.png(*size), candidate_labels=LABELS) for size in PICTURES]
+    other = items.ZeroShotImageInput(
+        image=tiny.png(1), candidate_labels=("dog", "a {cat}"), hypothesis_template="the {x} {} of {}"
+    )
+    results, largest = batched(runner, [*inputs, other], {})
+    assert largest == 3  # the fourth has other labels
+    pipe = plain("zero-shot-image-classification", model, folder, "image_processor", "tokenizer")
+    for size, result in zip(PICTURES, results, strict=False):
+        assert_labels(result, pipe(tiny.picture(*size), candidate_labels=list(LABELS)))
+        assert [LABELS[each.label_id] for each in result.labels] == [each.label for each in result.labels]
+    alone = pipe(tiny.picture(1), candidate_labels=["dog", "a {cat}"], hypothesis_template="the {{x}} {} of {{}}")
+    assert_labels(results[3], alone)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_image_feature_extraction(made: Any, pool: bool) -> None:
+    model, folder = made(tiny.vit_features)
+    runner = media_runner("image-feature-extraction", model, folder, torch.device("cpu"))
+    results, _ = batched(runner, pictures(), {"pool": pool})
+    pipe = plain("image-feature-extraction", model, folder, "image_processor")
+    for size, result in zip(PICTURES, results, strict=True):
+        expected = np.asarray(pipe(tiny.picture(*size), pool=pool))[0]
+        found = np.frombuffer(result.vector.values, "<f4").reshape(result.vector.shape)
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 1e-4
+
+
+def assert_objects(result: Any, expected: list[dict[str, Any]]) -> None:
+    expected = sorted(expected, key=lambda each: -each["score"])
+    assert [each.label for each in result.objects] == [each["label"] for each in expected]
+    assert [each.score for each in result.objects] == pytest.approx([e["score"] for e in expected], abs=1e-4)
+    for found, each in zip(result.objects, expected, strict=True):
+        box = each["box"]
+        edges = (found.box.x_min, found.box.y_min, found.box.x_max, found.box.y_max)
+        assert edges == (box["xmin"], box["ymin"], box["xmax"], box["ymax"])
+
+
+def test_object_detection(made: Any) -> None:
+    model, folder = made(tiny.yolos)
+    runner = media_runner("object-detection", model, folder, torch.device("cpu"))
+    results, largest = batched(runner, pictures(), {"threshold": 0.2})
+    assert largest == 3
+    pipe = plain("object-detection", model, folder, "image_processor")
+    assert any(result.objects for result in results)
+    for size, result in zip(PICTURES, results, strict=True):
+        assert_objects(result, pipe(tiny.picture(*size), threshold=0.2))
+
+
+def test_zero_shot_object_detection(made: Any) -> None:
+    model, folder = made(tiny.owlvit)
+    runner = media_runner("zero-shot-object-detection", model, folder, torch.device("cpu"))
+    inputs = [items.ZeroShotImageInput(image=tiny.png(*size), candidate_labels=LABELS) for size in PICTURES]
+    results, largest = batched(runner, inputs, {"threshold": 0.001, "top_k": 5})
+    assert largest == 6  # three pictures, two labels of one token
+    pipe = plain("zero-shot-object-detection", model, folder, "image_processor", "tokenizer")
+    assert all(result.objects for result in results)
+    for size, result in zip(PICTURES, results, strict=True):
+        assert_objects(
+            result, pipe(tiny.picture(*size), candidate_labels=list(LABELS), threshold=0.001, top_k=5)
+        )
+
+
+@pytest.mark.parametrize(
+    ("maker", "parameters"),
+    [
+        (tiny.segformer, {"subtask": "semantic"}),
+        (tiny.maskformer, {"threshold": 0.0, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.0}),
+        (tiny.maskformer, {"subtask": "instance", "threshold": 0.0}),
+        (tiny.maskformer, {"subtask": "semantic"}),
+    ],
+)
+def test_image_segmentation(made: Any, maker: tiny.Maker, parameters: dict[str, Any]) -> None:
+    model, folder = made(maker)
+    runner = media_runner("image-segmentation", model, folder, torch.device("cpu"))
+    results, largest = batched(runner, pictures(), parameters)
+    assert largest == 3
+    pipe = plain("image-segmentation", model, folder, "image_processor")
+    assert any(result.segments for result in results)
+    for size, result in zip(PICTURES, results, strict=True):
+        expected = pipe(tiny.picture(*size), **parameters)
+        assert [each.label for each in result.segments] == [each["label"] for each in expected]
+        for found, each in zip(result.segments, expected, strict=True):
+            assert found.score == (None if each["score"] is None else pytest.approx(each["score"], abs=1e-4))
+            assert (pixels(found.mask) != np.asarray(each["mask"])).mean() < 0.01
+
+
+@pytest.mark.parametrize("maker", [tiny.dpt, tiny.glpn])
+def test_depth_estimation(made: Any, maker: tiny.Maker) -> None:
+    model, folder = made(maker)
+    runner = media_runner("depth-estimation", model, folder, torch.device("cpu"))
+    results, _ = batched(runner, pictures(), {})
+    pipe = plain("depth-estimation", model, folder, "image_processor")
+    for size, result in zip(PICTURES, results, strict=True):
+        expected = pipe(tiny.picture(*size))
+        depth = np.frombuffer(result.predicted_depth.values, "<f4").reshape(result.predicted_depth.shape)
+        assert depth.shape == tuple(expected["predicted_depth"].shape) == (size[2], size[1])
+        assert np.abs(depth - expected["predicted_depth"].numpy()).max() < 1e-4
+        assert np.abs(pixels(result.depth).astype(int) - np.asarray(expected["depth"]).astype(int)).max() <= 1
+    assert batched(runner, pictures()[:1], {"return_tensor": False})[0][0].predicted_depth is None
+
+
+def test_keypoint_matching(made: Any) -> None:
+    model, folder = made(tiny.lightglue)
+    runner = media_runner("keypoint-matching", model, folder, torch.device("cpu"))
+    pairs = [items.ImagePairInput(first=tiny.png(1, 80, 64), second=tiny.png(seed, 80, 64)) for seed in (1, 2)]
+    results, largest = batched(runner, pairs, {"threshold": 0.0})
+    assert largest == 1
+    pipe = plain("keypoint-matching", model, folder, "image_processor")
+    assert results[0].matches
+    for seed, result in zip((1, 2), results, strict=True):
+        expected = pipe([tiny.picture(1, 80, 64), tiny.picture(seed, 80, 64)], threshold=0.0)
+        assert [each.score for each in result.matches] == pytest.approx([e["score"] for e in expected], abs=1e-4)
+        # Transformers' pipeline takes width for height; ours are pixels.
+        for found, each in zip(result.matches, expected, strict=True):
+            for point, place in ((found.first, "keypoint_image_0"), (found.second, "keypoint_image_1")):
+                assert point == pytest.approx((each[place]["x"] * 80 / 64, each[place]["y"] * 64 / 80), abs=2)
+                assert 0 <= point[0] <= 80
+                assert 0 <= point[1] <= 64
+
+
+def words() -> tuple[items.PageWord, ...]:
+    names = "total invoice number 42 on this page what color red blue 7".split()
+    return tuple(
+        items.PageWord(text=name, box=items.Box(10.0 * i, 20.0, 10.0 * i + 8, 30.0)) for i, name in enumerate(names)
+    )
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_k": 4, "max_seq_len": 16, "doc_stride": 2}])
+def test_document_question_answering(made: Any, parameters: dict[str, Any]) -> None:
+    model, folder = made(tiny.layoutlm)
+    runner = media_runner("document-question-answering", model, folder, torch.device("cpu"))
+    questions = ["what is the total", "what color is this"]
+    results, _ = batched(
+        runner, [items.DocumentQuestionInput(question=each, words=words()) for each in questions], parameters
+    )
+    pipe = plain("document-question-answering", model, folder, "tokenizer")
+    boxes = [(word.text, [int(edge) for edge in (word.box.x_min, 20, word.box.x_max, 30)]) for word in words()]
+    for question, result in zip(questions, results, strict=True):
+        expected = pipe({"question": question, "word_boxes": boxes, "image": None}, **parameters)
+        assert [each.text for each in result.answers] == [each["answer"] for each in expected]
+        assert [each.score for each in result.answers] == pytest.approx([e["score"] for e in expected], abs=1e-4)
+        assert [(a.word_span.start_word, a.word_span.end_word) for a in result.answers] == [
+            (each["start"], each["end"]) for each in expected
+        ]
+
+
+def test_image_text_to_text_with_a_chat_template(made: Any) -> None:
+    model, folder = made(tiny.llava)
+    runner = media_runner("image-text-to-text", model, folder, torch.device("cpu"))
+    parts = (items.ImageInput(data=tiny.png(1)), items.TextInput(text="what color is this cat"))
+    [result], _ = batched(runner, [items.MultimodalInput(parts=parts)], {"max_new_tokens": 6, "return_token_ids": True})
+    pipe = plain("image-text-to-text", model, folder, "processor")
+    content = [{"type": "image", "image": tiny.picture(1)}, {"type": "text", "text": "what color is this cat"}]
+    [expected] = pipe(text=[{"role": "user", "content": content}], max_new_tokens=6, return_full_text=False)
+    assert result.texts[0].text.strip() == expected["generated_text"].strip()
+    assert result.texts[0].text
+    assert result.texts[0].finish_reason == ("eos_token" if 3 in result.texts[0].token_ids else "length")
+
+
+def sounds(seconds: Sequence[float] = (0.5, 0.5, 0.4)) -> list[np.ndarray]:
+    return [tiny.tone(seed, each) for seed, each in enumerate(seconds, start=1)]
+
+
+def test_audio_classification(made: Any) -> None:
+    model, folder = made(tiny.wav2vec2_labels)
+    runner = media_runner("audio-classification", model, folder, torch.device("cpu"))
+    results, largest = batched(runner, [items.AudioInput(data=tiny.wav(s)) for s in sounds()], {"top_k": 3})
+    assert largest == 2
+    pipe = plain("audio-classification", model, folder, "feature_extractor")
+    for sound, result in zip(sounds(), results, strict=True):
+        assert_labels(result, pipe(sound, top_k=3))
+
+
+def test_zero_shot_audio_classification(made: Any) -> None:
+    model, folder = made(tiny.clap)
+    runner = media_runner("zero-shot-audio-classification", model, folder, torch.device("cpu"))
+    inputs = [
+        items.ZeroShotAudioInput(audio=items.AudioInput(data=tiny.wav(s)), candidate_labels=LABELS) for s in sounds()
+    ]
+    results, largest = batched(runner, inputs, {})
+    assert largest == 3
+    pipe = plain("zero-shot-audio-classification", model, folder, "feature_extractor", "tokenizer")
+    for sound, result in zip(sounds(), results, strict=True):
+        assert_labels(result, pipe(sound, candidate_labels=list(LABELS)))
+
+
+def assert_transcription(result: Any, expected: dict[str, Any], *, chunks: bool) -> None:
+    assert result.text == expected["text"]
+    wanted = expected.get("chunks", []) if chunks else []
+    assert [(c.text, c.start_s, c.end_s) for c in result.chunks] == [
+        (c["text"], pytest.approx(c["timestamp"][0]), pytest.approx(c["timestamp"][1])) for c in wanted
+    ]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"return_timestamps": "none"},
+        {"return_timestamps": "word"},
+        {"return_timestamps": "char"},
+        {"chunk_length_s": 1.0, "stride_length_s": 0.1},
+    ],
+)
+def test_speech_recognition_by_frames(made: Any, parameters: dict[str, Any]) -> None:
+    model, folder = made(tiny.wav2vec2_ctc)
+    runner = media_runner("automatic-speech-recognition", model, folder, torch.device("cpu"))
+    heard = sounds((2.5, 2.5, 0.6))
+    results, _ = batched(runner, [items.AudioInput(data=tiny.wav(s)) for s in heard], parameters)
+    pipe = plain("automatic-speech-recognition", model, folder, "feature_extractor", "tokenizer")
+    asked = {name: value for name, value in parameters.items() if value != "none"}
+    for sound, result in zip(heard, results, strict=True):
+        assert result.text
+        assert_transcription(result, pipe(sound.copy(), **asked), chunks="return_timestamps" in asked)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"return_timestamps": "none", "max_new_tokens": 8},
+        {"return_timestamps": "segment", "max_new_tokens": 8, "language": "de", "task": "translate"},
+        {"return_timestamps": "none", "max_new_tokens": 8, "num_beams": 2},
+        {"return_timestamps": "word", "max_new_tokens": 8},
+    ],
+)
+def test_speech_recognition_by_writing(made: Any, parameters: dict[str, Any]) -> None:
+    model, folder = made(tiny.whisper)
+    runner = media_runner("automatic-speech-recognition", model, folder, torch.device("cpu"))
+    results, largest = batched(runner, [items.AudioInput(data=tiny.wav(s)) for s in sounds()], parameters)
+    assert largest == (3 if parameters["return_timestamps"] == "none" else 1)
+    pipe = plain("automatic-speech-recognition", model, folder, "feature_extractor", "tokenizer")
+    stamps = {"none": None, "segment": True, "word": "word"}[parameters["return_timestamps"]]
+    asked = {**parameters, "return_timestamps": stamps}
+    if stamps is None:
+        del asked["return_timestamps"]
+    for sound, result in zip(sounds(), results, strict=True):
+        assert_transcription(result, pipe(sound.copy(), **asked), chunks=stamps is not None)
+
+
+def test_text_to_audio(made: Any) -> None:
+    model, folder = made(tiny.vits)
+    runner = media_runner("text-to-audio", model, folder, torch.device("cpu"))
+    [result, again], _ = batched(runner, [items.TextInput(text="hello there")] * 2, {"seed": 7})
+    pipe = plain("text-to-audio", model, folder, "tokenizer")
+    torch.manual_seed(7)
+    expected = pipe("hello there")
+    found = np.frombuffer(result.data, "<f4")
+    assert result.sampling_rate_hz == expected["sampling_rate"]
+    assert np.abs(found - expected["audio"]).max() < 1e-4
+    assert again == result
+
+
+def test_video_classification(made: Any, tmp_path: Path) -> None:
+    model, folder = made(tiny.videomae)
+    runner = media_runner("video-classification", model, folder, torch.device("cpu"))
+    [result], _ = batched(runner, [items.VideoInput(data=tiny.film())], {"frame_sampling_rate": 2, "top_k": 3})
+    (tmp_path / "film.mp4").write_bytes(tiny.film())
+    pipe = plain("video-classification", model, folder, "image_processor")
+    assert_labels(result, pipe(str(tmp_path / "film.mp4"), frame_sampling_rate=2, top_k=3))
+
+
+def test_decision(made: Any) -> None:
+    model, folder = made(tiny.llama)
+    runner = media_runner("decision", model, folder, torch.device("cpu"))
+    questions = (
+        items.DecisionQuestion(name="is cat", instructions="is this a cat", type="noul"),
+        items.DecisionQuestion(
+            name="color", instructions="what color", type="choice",
+            options=(items.DecisionOption("red", "the red cat"), items.DecisionOption("blue")),
+        ),
+        items.DecisionQuestion(
+            name="number", instructions="what number", type="score",
+            options=tuple(items.DecisionOption("", name) for name in ("7", "42", "total")),
+        ),
+    )  # fmt: skip
+    [result], _ = batched(runner, [items.DecisionInput(state="a photo of the cat", questions=questions)], {})
+    expected = plain("decision", model, folder, "tokenizer")(
+        {
+            "state": "a photo of the cat",
+            "questions": {
+                "is cat": {"type": "noul", "instructions": "is this a cat"},
+                "color": {"type": "choice", "instructions": "what color", "criteria": {"red": "the red cat", "blue": None}},
+                "number": {"type": "score", "instructions": "what number", "criteria": ["7", "42", "total"]},
+            },
+        }
+    )
+    yes, color, number = result.answers
+    assert yes.score == pytest.approx(expected["is cat"]["noul"], abs=1e-4)
+    assert sum(each.score for each in yes.options) == pytest.approx(1.0)
+    assert (color.choice, color.score) == (expected["color"]["choice"], None)
+    assert {o.label: o.score for o in color.options} == pytest.approx(expected["color"]["probabilities"], abs=1e-4)
+    assert number.score == pytest.approx(expected["number"]["score"], abs=1e-4)
+    assert number.confidence == pytest.approx(expected["number"]["confidence"], abs=1e-4)
+    assert [each.label for each in number.options] == ["0", "1", "2"]
+
+
+def test_each_model_loads_by_an_auto_class_of_its_task(made: Any) -> None:
+    for task, maker in (
+        ("image-classification", tiny.vit),
+        ("image-segmentation", tiny.maskformer),
+        ("automatic-speech-recognition", tiny.wav2vec2_ctc),
+        ("automatic-speech-recognition", tiny.whisper),
+        ("visual-question-answering", tiny.vilt),
+        ("image-to-image", tiny.swin2sr),
+        ("text-to-audio", tiny.vits),
+        ("image-text-to-text", tiny.vit_gpt2),
+        ("decision", tiny.llama),
+    ):
+        model, _ = made(maker)
+        auto_class = media_auto_class(task, model.config)
+        assert auto_class._model_mapping[type(model.config)] is type(model)

@@ -1,0 +1,373 @@
+"""Tiny models of every kind that sees or hears, with seeded random weights, and inputs for them.
+
+Each maker gives the model and fills a folder with its configuration and processors, as a prepared checkpoint has them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+WORDS = "a the cat dog photo sound of this is what color red blue total invoice number 42 7 on page bark meow answer yes no"
+LABELS = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def picture(seed: int, width: int = 40, height: int = 32) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def png(seed: int, width: int = 40, height: int = 32) -> bytes:
+    file = io.BytesIO()
+    picture(seed, width, height).save(file, format="PNG")
+    return file.getvalue()
+
+
+def tone(seed: int, seconds: float = 0.5, rate_hz: int = 16000) -> np.ndarray:
+    t = np.arange(int(seconds * rate_hz)) / rate_hz
+    noise = np.random.default_rng(seed).normal(0, 0.05, len(t))
+    return (0.4 * np.sin(2 * np.pi * (220 + 110 * seed) * t) + noise).astype(np.float32)
+
+
+def wav(samples_T: np.ndarray, rate_hz: int = 16000, container: str = "WAV") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples_T, rate_hz, format=container, subtype="FLOAT" if container == "WAV" else None)
+    return file.getvalue()
+
+
+def film(num_frames: int = 12, size: int = 32) -> bytes:
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, mode="w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for index in range(num_frames):
+            for packet in stream.encode(av.VideoFrame.from_image(picture(index, size, size))):
+                container.mux(packet)
+        for packet in stream.encode(None):
+            container.mux(packet)
+    return file.getvalue()
+
+
+def tokenizer(**special: Any) -> Any:
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS.split()]
+    inner = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
+        **special,
+    )
+
+
+NUM_WORDS = 5 + len(WORDS.split())
+
+
+def _made(folder: Path, model_class: Any, config: Any, *processors_: Any) -> Any:
+    torch.manual_seed(0)
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:  # the usual start is so small that every answer is alike
+            torch.nn.init.normal_(parameter, 0.0, 0.2 if "embed" not in name else 0.5)
+    config.save_pretrained(folder)
+    for each in processors_:
+        each.save_pretrained(folder)
+    return model
+
+
+def _square(name: str, size: int = 32, **more: Any) -> Any:
+    return getattr(hf, name)(size={"height": size, "width": size}, **more)
+
+
+def vit(folder: Path) -> Any:
+    config = hf.ViTConfig(**SMALL, image_size=32, patch_size=8, **LABELS)
+    return _made(folder, hf.ViTForImageClassification, config, _square("ViTImageProcessorPil"))
+
+
+def vit_features(folder: Path) -> Any:
+    config = hf.ViTConfig(**SMALL, image_size=32, patch_size=8)
+    return _made(folder, hf.ViTModel, config, _square("ViTImageProcessorPil"))
+
+
+def clip(folder: Path) -> Any:
+    text = {**SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 64, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    image_processor = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return _made(folder, hf.CLIPModel, config, image_processor, tokenizer())
+
+
+def yolos(folder: Path) -> Any:
+    config = hf.YolosConfig(**SMALL, image_size=[32, 32], patch_size=8, num_detection_tokens=6, **LABELS)
+    processor = hf.YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 64})
+    return _made(folder, hf.YolosForObjectDetection, config, processor)
+
+
+def owlvit(folder: Path) -> Any:
+    text = {**SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 16, "eos_token_id": 3, "pad_token_id": 0}
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    config = hf.OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)
+    processor = _square("OwlViTImageProcessorPil", crop_size={"height": 32, "width": 32})
+    return _made(folder, hf.OwlViTForObjectDetection, config, processor, tokenizer())
+
+
+def segformer(folder: Path) -> Any:
+    config = hf.SegformerConfig(
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[8, 16],
+        patch_sizes=[3, 3],
+        strides=[2, 2],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+        **LABELS,
+    )
+    return _made(folder, hf.SegformerForSemanticSegmentation, config, _square("SegformerImageProcessorPil"))
+
+
+def maskformer(folder: Path) -> Any:
+    backbone = hf.SwinConfig(
+        image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    decoder = hf.DetrConfig(
+        d_model=16, num_queries=5, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    )  # fmt: skip
+    config = hf.MaskFormerConfig(
+        backbone_config=backbone, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32, **LABELS
+    )
+    processor = _square("MaskFormerImageProcessorPil", size_divisor=0)
+    return _made(folder, hf.MaskFormerForInstanceSegmentation, config, processor)
+
+
+def glpn(folder: Path) -> Any:
+    config = hf.GLPNConfig(
+        depths=[1, 1, 1, 1], sr_ratios=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2],
+        mlp_ratios=[2, 2, 2, 2], decoder_hidden_size=8,
+    )  # fmt: skip
+    return _made(folder, hf.GLPNForDepthEstimation, config, hf.GLPNImageProcessorPil())
+
+
+def dpt(folder: Path) -> Any:
+    config = hf.DPTConfig(
+        **{**SMALL, "num_hidden_layers": 4}, image_size=32, patch_size=8, backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=8, reassemble_factors=[4, 2, 1, 0.5],
+    )  # fmt: skip
+    return _made(folder, hf.DPTForDepthEstimation, config, _square("DPTImageProcessorPil"))
+
+
+def lightglue(folder: Path) -> Any:
+    superpoint = hf.SuperPointConfig(
+        encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, descriptor_decoder_dim=16, max_keypoints=24,
+        keypoint_threshold=0.0, border_removal_distance=1,
+    )  # fmt: skip
+    config = hf.LightGlueConfig(
+        keypoint_detector_config=superpoint, descriptor_dim=16, num_hidden_layers=2, num_attention_heads=2,
+        filter_threshold=0.0,
+    )  # fmt: skip
+    processor = hf.LightGlueImageProcessorPil(size={"height": 48, "width": 64})
+    return _made(folder, hf.LightGlueForKeypointMatching, config, processor)
+
+
+def swin2sr(folder: Path) -> Any:
+    config = hf.Swin2SRConfig(image_size=16, embed_dim=12, depths=[1], num_heads=[2], window_size=4, upscale=2)
+    return _made(folder, hf.Swin2SRForImageSuperResolution, config, hf.Swin2SRImageProcessorPil(pad_size=8))
+
+
+def vilt(folder: Path) -> Any:
+    config = hf.ViltConfig(
+        **SMALL, image_size=32, patch_size=8, vocab_size=NUM_WORDS, max_position_embeddings=40, max_image_length=-1,
+        **LABELS,
+    )  # fmt: skip
+    processor = hf.ViltImageProcessorPil(size={"shortest_edge": 32}, size_divisor=8)
+    return _made(folder, hf.ViltForQuestionAnswering, config, processor, tokenizer())
+
+
+def _blip_config() -> Any:
+    text = {
+        **SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 64, "encoder_hidden_size": 16, "bos_token_id": 2,
+        "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }  # fmt: skip
+    vision = {**SMALL, "image_size": 32, "patch_size": 8}
+    return hf.BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+
+
+def blip_questions(folder: Path) -> Any:
+    return _made(folder, hf.BlipForQuestionAnswering, _blip_config(), _square("BlipImageProcessorPil"), tokenizer())
+
+
+def blip_captions(folder: Path) -> Any:
+    model = _made(
+        folder, hf.BlipForConditionalGeneration, _blip_config(), _square("BlipImageProcessorPil"), tokenizer()
+    )
+    hf.BlipProcessor(hf.BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer()).save_pretrained(folder)
+    return model
+
+
+def vit_gpt2(folder: Path) -> Any:
+    encoder = hf.ViTConfig(**SMALL, image_size=32, patch_size=8)
+    decoder = hf.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, vocab_size=NUM_WORDS, n_positions=64, bos_token_id=2, eos_token_id=3,
+        pad_token_id=0, add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 0, 3
+    model = _made(
+        folder, hf.VisionEncoderDecoderModel, config, _square("ViTImageProcessorPil"), tokenizer(eos_token="[SEP]")
+    )
+    model.generation_config = hf.GenerationConfig(decoder_start_token_id=2, pad_token_id=0, eos_token_id=3)
+    return model
+
+
+def layoutlm(folder: Path) -> Any:
+    config = hf.LayoutLMConfig(**SMALL, vocab_size=NUM_WORDS, max_position_embeddings=64, max_2d_position_embeddings=1024)
+    return _made(folder, hf.LayoutLMForQuestionAnswering, config, tokenizer())
+
+
+def llava(folder: Path) -> Any:
+    names = tokenizer(eos_token="[SEP]", extra_special_tokens={"image_token": "<image>"})
+    names.add_tokens(["<image>"], special_tokens=True)
+    image_id = names.convert_tokens_to_ids("<image>")
+    text = hf.LlamaConfig(
+        **SMALL, num_key_value_heads=2, vocab_size=len(names), max_position_embeddings=128, bos_token_id=2, eos_token_id=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    vision = hf.CLIPVisionConfig(**SMALL, image_size=32, patch_size=8)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-1)
+    template = (
+        "{% for m in messages %}{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image> {% else %}{{ c.text }} {% endif %}"
+        "{% endfor %}{% endfor %}answer"
+    )
+    image_processor = hf.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = hf.LlavaProcessor(
+        image_processor, names, patch_size=8, vision_feature_select_strategy="default", chat_template=template,
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    return _made(folder, hf.LlavaForConditionalGeneration, config, processor)
+
+
+def wav2vec2_labels(folder: Path) -> Any:
+    config = hf.Wav2Vec2Config(**_WAV2VEC2, **LABELS)
+    return _made(folder, hf.Wav2Vec2ForSequenceClassification, config, hf.Wav2Vec2FeatureExtractor())
+
+
+_WAV2VEC2: dict[str, Any] = {
+    **SMALL, "conv_dim": (8, 8, 8), "conv_stride": (5, 4, 4), "conv_kernel": (10, 4, 4), "num_feat_extract_layers": 3,
+    "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8,
+}  # fmt: skip
+
+
+def wav2vec2_ctc(folder: Path) -> Any:
+    names = ["<pad>", "<s>", "</s>", "<unk>", "|", *"abcdefghij"]
+    (folder / "vocab.json").write_text("{" + ", ".join(f'"{n}": {i}' for i, n in enumerate(names)) + "}")
+    ctc_tokenizer = hf.Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+    config = hf.Wav2Vec2Config(**_WAV2VEC2, vocab_size=len(names), pad_token_id=0)
+    return _made(folder, hf.Wav2Vec2ForCTC, config, hf.Wav2Vec2FeatureExtractor(), ctc_tokenizer)
+
+
+def whisper(folder: Path) -> Any:
+    from tokenizers import decoders
+
+    letters = sorted({chr(code) for code in range(97, 123)} | {"Ġ"})
+    vocab = {letter: index for index, letter in enumerate(letters)}
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
+    special += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    stamps = [f"<|{index * 0.02:.2f}|>" for index in range(1501)]
+    names = hf.WhisperTokenizer(vocab=vocab, merges=[])
+    names.add_special_tokens({"additional_special_tokens": special[1:]})
+    names.add_tokens(stamps)
+    assert decoders
+    ids = {name: names.convert_tokens_to_ids(name) for name in special}
+    config = hf.WhisperConfig(
+        vocab_size=len(names), num_mel_bins=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, max_target_positions=64,
+        decoder_start_token_id=ids["<|startoftranscript|>"], pad_token_id=ids["<|endoftext|>"],
+        bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|endoftext|>"],
+    )  # fmt: skip
+    model = _made(folder, hf.WhisperForConditionalGeneration, config, hf.WhisperFeatureExtractor(feature_size=16), names)
+    model.generation_config = hf.GenerationConfig(
+        is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]},
+        task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        no_timestamps_token_id=ids["<|notimestamps|>"], decoder_start_token_id=config.decoder_start_token_id,
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, max_length=40, max_initial_timestamp_index=50,
+        prev_sot_token_id=ids["<|startofprev|>"], alignment_heads=[[0, 0]], num_beams=1,
+        begin_suppress_tokens=None, suppress_tokens=None,
+    )  # fmt: skip
+    return model
+
+
+def clap(folder: Path) -> Any:
+    audio = {
+        "patch_size": 4, "spec_size": 64, "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8,
+        "hidden_size": 16, "num_mel_bins": 16, "window_size": 4, "enable_fusion": False, "projection_dim": 16,
+        "patch_stride": [4, 4], "num_classes": 3, "intermediate_size": 16,
+    }  # fmt: skip
+    text = {**SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 64, "pad_token_id": 0, "projection_dim": 16}
+    config = hf.ClapConfig(audio_config=audio, text_config=text, projection_dim=16)
+    extractor = hf.ClapFeatureExtractor(
+        feature_size=16, sampling_rate=16000, hop_length=160, max_length_s=2, fft_window_size=512, truncation="rand_trunc",
+        padding="repeatpad", frequency_max=8000,
+    )  # fmt: skip
+    return _made(folder, hf.ClapModel, config, extractor, tokenizer())
+
+
+def vits(folder: Path) -> Any:
+    vocab = {letter: index for index, letter in enumerate("_ abcdefghijklmnopqrstuvwxyz")}
+    import json
+
+    (folder / "vocab.json").write_text(json.dumps({**vocab, "<unk>": len(vocab)}))
+    names = hf.VitsTokenizer(
+        str(folder / "vocab.json"), language="eng", phonemize=False, is_uroman=False, normalize=True, pad_token="_"
+    )
+    config = hf.VitsConfig(
+        vocab_size=len(vocab) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, flow_size=16,
+        spectrogram_bins=9, prior_encoder_num_flows=2, upsample_initial_channel=16, upsample_rates=[4, 4],
+        upsample_kernel_sizes=[8, 8], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]],
+        duration_predictor_num_flows=2, depth_separable_num_layers=1, posterior_encoder_num_wavenet_layers=1,
+        prior_encoder_num_wavenet_layers=1, duration_predictor_filter_channels=16, use_stochastic_duration_prediction=False,
+    )  # fmt: skip
+    return _made(folder, hf.VitsModel, config, names)
+
+
+def videomae(folder: Path) -> Any:
+    config = hf.VideoMAEConfig(
+        **SMALL, image_size=32, patch_size=8, num_frames=4, tubelet_size=2, decoder_num_hidden_layers=1, **LABELS
+    )
+    processor = hf.VideoMAEImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return _made(folder, hf.VideoMAEForVideoClassification, config, processor)
+
+
+def llama(folder: Path) -> Any:
+    names = tokenizer(eos_token="[SEP]")
+    names.add_tokens(["Yes", "No", *"ABCDEFGH"])
+    names.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}answer"
+    config = hf.LlamaConfig(**SMALL, num_key_value_heads=2, vocab_size=len(names) + 8, max_position_embeddings=512)
+    return _made(folder, hf.LlamaForCausalLM, config, names)
+
+
+Maker = Callable[[Path], Any]
