@@ -33,21 +33,15 @@ from slipstream_server.models.facts import Family, ModelFacts, read_facts
 from slipstream_server.models.folder import check_adapter_folder, check_model_folder, refuse_code
 from slipstream_server.models.load_options import LoadOptions, Quantization
 from slipstream_server.models.quantization import mend_quantized, quantization_config, require_package
+from slipstream_server.models.task_classes import HEADS, head_of, tasks_of
 
 _log = logging.getLogger(__name__)
 
-# Task -> the transformers class that puts the right head on the model.
+# Task -> the transformers class that puts the right head on the model; a checkpoint's own class comes first.
 AUTO_CLASSES: Mapping[str, str] = {
-    "text-generation": "AutoModelForCausalLM",
-    "text2text-generation": "AutoModelForSeq2SeqLM",
-    "summarization": "AutoModelForSeq2SeqLM",
-    "translation": "AutoModelForSeq2SeqLM",
-    "feature-extraction": "AutoModel",
-    "fill-mask": "AutoModelForMaskedLM",
-    "text-classification": "AutoModelForSequenceClassification",
+    **{task: head.auto_class for head in HEADS for task in head.tasks},
     "zero-shot-classification": "AutoModelForSequenceClassification",
-    "token-classification": "AutoModelForTokenClassification",
-    "question-answering": "AutoModelForQuestionAnswering",
+    "image-feature-extraction": "AutoModel",
 }
 # Ending of the checkpoint's own architecture -> task, for loads that name none.
 _TASK_BY_ENDING = {
@@ -85,8 +79,9 @@ def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
     if facts.is_quantized and options.quantization is not Quantization.NONE:
         raise UnsupportedField.of("quantization", f"the checkpoint is quantized already ({facts.quantization_method})")
     with _load_errors(task):
-        model, report = _from_pretrained(folder, task, options)
-        _require_complete(report, task, options)
+        auto_class = _auto_class(facts, task)
+        model, report = _from_pretrained(folder, auto_class, options)
+        _require_complete(report, task, auto_class, options)
         if options.quantization is not Quantization.NONE or facts.is_quantized:
             mend_quantized(model)
         if options.adapter_folder is not None:
@@ -106,10 +101,18 @@ def default_task(facts: ModelFacts) -> str:
     return "text-generation" if facts.is_generative else "feature-extraction"
 
 
-def _from_pretrained(folder: Path, task: str, options: LoadOptions) -> tuple[Any, Any]:
+def _auto_class(facts: ModelFacts, task: str) -> str:
+    """The name of the class for ``task``; of several the one that the checkpoint was made for."""
+    head = head_of(facts)
+    if head is not None and task in tasks_of(facts):
+        return head.auto_class
     if task not in AUTO_CLASSES:
         raise InvalidField.of("task", f"{task!r} is not one of {', '.join(sorted(AUTO_CLASSES))}")
-    auto_class = getattr(transformers, AUTO_CLASSES[task])
+    return AUTO_CLASSES[task]
+
+
+def _from_pretrained(folder: Path, class_name: str, options: LoadOptions) -> tuple[Any, Any]:
+    auto_class = getattr(transformers, class_name)
     device = choose_device(options.device)
     arguments: dict[str, Any] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
     placement = _placement(options, device)
@@ -153,14 +156,14 @@ def _placement(options: LoadOptions, device: torch.device) -> str | dict[str, An
     return {"": device} if is_direct else None
 
 
-def _require_complete(report: Any, task: str, options: LoadOptions) -> None:
+def _require_complete(report: Any, task: str, auto_class: str, options: LoadOptions) -> None:
     """``report`` is what output_loading_info gives: an object in some versions of transformers, a dict in others."""
     values = report if isinstance(report, dict) else vars(report)
     problems = [str(item) for item in values.get("error_msgs") or ()]
     problems += [f"{item[0]} has another shape" for item in values.get("mismatched_keys") or ()]
-    # An encoder's pooler is often not trained and not stored; feature extraction does not read it.
+    # An encoder's pooler is often not trained and not stored; what takes a model without a head does not read it.
     missing = [
-        key for key in sorted(values.get("missing_keys") or ()) if task != "feature-extraction" or "pooler" not in key
+        key for key in sorted(values.get("missing_keys") or ()) if auto_class != "AutoModel" or "pooler" not in key
     ]
     if not options.allow_new_weights:
         problems += [f"{key} is missing" for key in missing]
@@ -197,11 +200,21 @@ def _describe(model: Any, facts: ModelFacts, task: str) -> LoadedModel:
         model=model,
         facts=facts,
         task=task,
-        device=inner.get_input_embeddings().weight.device,
+        device=_input_device(inner),
         dtype=inner.dtype,
         attn_implementation=str(getattr(inner.config, "_attn_implementation", None) or "eager"),
         memory_bytes=int(inner.get_memory_footprint()),
     )
+
+
+def _input_device(model: Any) -> torch.device:
+    """Where inputs go: to the embeddings, and to the first weights where there are none."""
+    try:
+        weight = model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):
+        weight = next(model.parameters())
+    device: torch.device = weight.device
+    return device
 
 
 @contextmanager
