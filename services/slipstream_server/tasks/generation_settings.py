@@ -80,8 +80,8 @@ def _num_beams(
         return int(parameters["num_beams"])
     if samples:
         return 1
-    found = _own(own, "num_beams")
-    return int(found) if found is not None else DEFAULT_NUM_BEAMS if model.is_encoder_decoder else None
+    found: int | None = _own(own, "num_beams")
+    return found if found is not None else DEFAULT_NUM_BEAMS if model.is_encoder_decoder else None
 
 
 def _length(parameters: Mapping[str, Any], own: Mapping[str, Any], model: WritingModel) -> dict[str, Any]:
