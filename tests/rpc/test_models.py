@@ -116,6 +116,25 @@ async def test_a_busy_model_gets_its_grace_and_new_requests_are_refused_meanwhil
         await service.reached("tiny", MODEL.STATE_UNLOADED)
 
 
+async def test_a_load_that_comes_during_the_grace_is_carried_out_and_one_taken_back_is_not(
+    tmp_path: Path, assert_eventually: Eventually
+) -> None:
+    async with model_service(tmp_path) as service:
+        folder(service.root, "tiny")
+        await service.loaded("tiny")
+        for is_taken_back in (False, True):
+            queue = service.front._models["tiny"].dispatcher
+            queue.queue.put(ticket := await _stuck(service))
+            await service.unload("tiny")
+            assert (await service.load("tiny")).state == MODEL.STATE_UNLOADING
+            if is_taken_back:
+                await service.unload("tiny")
+            queue.withdraw(ticket)
+            await service.reached("tiny", MODEL.STATE_UNLOADED if is_taken_back else MODEL.STATE_READY)
+        await assert_eventually(lambda: not service.loads._work)
+        assert await service.states() == {"tiny": "UNLOADED"}
+
+
 async def _stuck(service: ModelService) -> object:
     """A request that waits in the queue for ever: one that was answered, as if it had not been sent yet."""
     stream = await held_open(service, "tiny")

@@ -230,8 +230,8 @@ class InferenceFront:
 
     def is_idle(self, name: str) -> bool:
         """Whether a served model has no request, begun or waiting, and none on its way into the queue."""
-        model = self._models[name]
-        return model.dispatcher.is_idle and not any(stream.model == name for stream in self._streams)
+        in_use = {*(stream.model for stream in self._streams), *(run.model for run in self._task_runs)}
+        return self._models[name].dispatcher.is_idle and name not in in_use
 
     def last_used_s(self, name: str) -> float:
         """When a request last came for a served model, on ``time.monotonic``'s clock; at first when it was added."""

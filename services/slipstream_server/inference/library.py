@@ -98,6 +98,11 @@ class Library:
                 return None
             return (known.response or b"").decode()
 
+    async def purge(self) -> None:
+        """Drop the memory of requests that has expired."""
+        async with self._database.write() as session:
+            await REQUESTS.purge(session)
+
     async def add(self, new: NewModel, *, key: RequestKey | None = None) -> StoredModel:
         """Register a model. Raises ResourceExists, RequestIdReused."""
         async with self._database.write() as session:

@@ -13,9 +13,8 @@ import asyncio
 import contextlib
 import logging
 import shutil
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,21 @@ from slipstream_server.errors import (
     SlipstreamError,
     WrongState,
 )
-from slipstream_server.inference.fetching import ModelFetcher, ModelFiles
+from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import InferenceFront, ModelPlan
 from slipstream_server.inference.library import Library, NewModel, StoredModel
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
+from slipstream_server.inference.model_states import ModelStates, ModelView
 from slipstream_server.inference.plans import ServingDefaults, plan_of
 from slipstream_server.inference.room import DeviceRoom
-from slipstream_server.inference.supervisor import ModelState, ModelStatus
-from slipstream_server.inference.worker_errors import error_of
+from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.models.progress import PullProgress
-from slipstream_server.storage.columns import utc_now
 from slipstream_server.storage.request_records import RequestKey
 
 log = logging.getLogger(__name__)
 
+_PURGE_EVERY_S = 3600.0
 _IN_MEMORY = frozenset({ModelState.LOADING, ModelState.READY, ModelState.RESTARTING})
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 
@@ -55,18 +54,6 @@ class LoadWish:
     options: LoadChoice | None = None
     pinned: bool | None = None
     owner: str = "anonymous"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelView:
-    """All there is to tell of a model. ``needed_bytes``: what loading it would take, where that was asked."""
-
-    record: NewModel
-    status: ModelStatus
-    plan: ModelPlan | None = None
-    files: ModelFiles | None = None
-    change_time: datetime | None = None
-    needed_bytes: int = 0
 
 
 class ModelLoads:
@@ -87,8 +74,7 @@ class ModelLoads:
         self._defaults = defaults
         self._deciding = asyncio.Lock()
         self._work: dict[str, asyncio.Task[None]] = {}
-        self._files: dict[str, ModelFiles] = {}
-        self._changes: dict[str, datetime] = {}
+        self.states = ModelStates(front, library, fetcher, room)
 
     # Life.
 
@@ -96,16 +82,15 @@ class ModelLoads:
         """Read what is known, note what the operator's flags name (name -> source), and announce what is to come."""
         await self.library.read()
         await self._note_flags(at_start)
-        for record in self.library.records.values():
-            self._show(record)
-        self.library.on_change = self._recorded
+        self.states.begin()
 
     async def run(self) -> None:
         """Bring back what is wanted, and keep record of what becomes of every load. Never returns."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._follow(), name="model-states")
+                tasks.create_task(self.states.follow(), name="model-states")
                 tasks.create_task(self._restore(), name="model-restore")
+                tasks.create_task(self._forget_requests(), name="model-requests")
         finally:
             for task in self._work.values():
                 task.cancel()
@@ -129,25 +114,13 @@ class ModelLoads:
             if record.at_start and name not in at_start:
                 await self.library.change(name, at_start=False, wanted=False, pinned=False)
 
-    def _recorded(self, name: str) -> None:
-        """A record has changed, perhaps by the hand of whoever makes models."""
-        record = self.library.records.get(name)
-        if record is not None:
-            is_new = not self._front.knows(name)
-            if record.creating or is_new or self._front.status(name).state is ModelState.CREATING:
-                self._show(record)
-        self._front.notify()
-
-    def _show(self, record: StoredModel) -> None:
-        """The state of a model that nothing was done for yet."""
-        if record.creating:
-            self._front.rest(record.id, ModelState.CREATING)
-        elif record.wanted:
-            self._front.announce(record.id)
-        elif record.error_reason:
-            self._front.give_up(record.id, error_of(record.error_reason, record.error_message))
-        else:
-            self._front.rest(record.id)
+    async def _forget_requests(self) -> None:
+        while True:
+            try:
+                await self.library.purge()
+            except SlipstreamError as error:
+                log.warning("old requests could not be forgotten: %s", error.message)
+            await asyncio.sleep(_PURGE_EVERY_S)
 
     async def _restore(self) -> None:
         """One after the other: the operator's, the pinned, then what was loaded last."""
@@ -155,52 +128,6 @@ class ModelLoads:
             current = self.library.records.get(record.id)
             if current is not None and current.wanted and record.id not in self._work:
                 await asyncio.wait({self._start(record.id, may_evict=False)})
-
-    async def _follow(self) -> None:
-        seen: dict[str, ModelState] = {}
-        async for statuses in self._front.subscribe():
-            for status in statuses:
-                if seen.get(status.model) is not status.state:
-                    self._changes[status.model] = utc_now()
-                    await self._became(status)
-            seen = {status.model: status.state for status in statuses}
-
-    async def _became(self, status: ModelStatus) -> None:
-        name = status.model
-        if status.state is ModelState.READY and status.ready is not None:
-            self.room.settle(name, status.ready.memory_bytes)
-            await self._note(name, load_time=status.ready_time)
-        elif status.state is ModelState.FAILED and status.error is not None and self._front.has_given_up(name):
-            await self._front.remove_failed(name, status.error)
-            await self.room.release(name)
-            await self._note(name, status.error)
-        elif status.state is ModelState.UNLOADED and name not in self._files:
-            await self._learn(name)
-
-    async def _learn(self, name: str) -> None:
-        """Read what the prepared folder of a model tells, where it has one."""
-        record = self.library.records.get(name)
-        if record and (folder := record.known_folder) and (files := await self._fetcher.look_into(folder)):
-            self._files[name] = files
-            self._front.notify()
-
-    # What there is.
-
-    def view(self, name: str) -> ModelView:
-        """One model (empty: the default one). Raises ModelNotFound."""
-        name = name or self._front.status("").model
-        return self._view(self.library.get(name), self._front.status(name))
-
-    def views(self) -> Iterator[ModelView]:
-        """All models by name."""
-        for status in self._front.models():
-            if (record := self.library.records.get(status.model)) is not None:
-                yield self._view(record, status)
-
-    def _view(self, record: StoredModel, status: ModelStatus) -> ModelView:
-        plan = self._front.plan(record.id) if self._front.is_served(record.id) else None
-        files, changed = self._files.get(record.id), self._changes.get(record.id)
-        return ModelView(record=record, status=status, plan=plan, files=files, change_time=changed)
 
     # Loading.
 
@@ -210,22 +137,17 @@ class ModelLoads:
             wish.options.check()
         async with self._deciding:
             if key is not None and (known := await self.library.answered(key)) is not None:
-                return self.view(known)
+                return self.states.view(known)
             model = await self._wished(wish)
             record = self.library.records.get(wish.name)
             is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
             needed = {} if is_coming else await self._check(model)
             if validate_only:
-                return self._would_be(model, sum(needed.values()))
+                return self.states.would_be(model, sum(needed.values()))
             await self._record(model, record, key)
             if not is_coming:
                 self._start(wish.name)
-        return self.view(wish.name)
-
-    def _would_be(self, model: NewModel, needed_bytes: int) -> ModelView:
-        is_known = model.id in self.library.records
-        status = self._front.status(model.id) if is_known else ModelStatus(model=model.id, state=ModelState.UNLOADED)
-        return ModelView(record=model, status=status, files=self._files.get(model.id), needed_bytes=needed_bytes)
+        return self.states.view(wish.name)
 
     async def _wished(self, wish: LoadWish) -> NewModel:
         """The model as it would be recorded. Raises ResourceExists or WrongState where that contradicts what is."""
@@ -280,11 +202,13 @@ class ModelLoads:
     async def _bring(self, name: str, before: asyncio.Task[None] | None, *, may_evict: bool) -> None:
         if before is not None:
             await asyncio.wait({before})
+        record = self.library.records.get(name)
+        if record is None or not record.wanted:  # somebody has changed their mind meanwhile
+            return
         try:
             if self._front.is_served(name):
                 await self._front.remove_model(name)
             self._front.announce(name)
-            record = self.library.get(name)
             plan = await self._fetched(record)
             fraction = (record.options or LoadChoice()).memory_fraction
             await self.room.take(plan, fraction, self._evict_for(name), may_evict=may_evict, must_come=record.at_start)
@@ -305,25 +229,27 @@ class ModelLoads:
             self._front.report(record.id, str(progress.stage), fraction)
 
         prepared, files = await self._fetcher.fetch(record, report)
-        self._files[record.id] = files
+        self.states.files[record.id] = files
         options = record.options or LoadChoice()
         plan = plan_of(record.id, record.source, prepared, files.facts, options, self._defaults)
         where: dict[str, Any] = {"resolved_source": prepared.source, "resolved_revision": prepared.revision}
-        await self._note(record.id, folder=str(prepared.folder), error_reason="", error_message="", **where)
+        await self.states.note(record.id, folder=str(prepared.folder), error_reason="", error_message="", **where)
         return plan
 
     async def _failed(self, name: str, error: SlipstreamError) -> None:
         self._front.give_up(name, error)
         await self.room.release(name)
-        await self._note(name, error)
+        await self.states.note(name, error)
 
     def _evict_for(self, newcomer: str) -> Any:
         async def evict(victims: tuple[str, ...]) -> None:
             log.info("models %s make room for %s", ", ".join(victims), newcomer)
-            tasks = {self._take_out(name, 0.0, f"unloaded to make room for {newcomer}") for name in victims}
-            await asyncio.wait(tasks)
-            for name in victims:
-                await self._note(name, wanted=False)
+            tasks = {name: self._take_out(name, 0.0, f"unloaded to make room for {newcomer}") for name in victims}
+            async with self._deciding:
+                for name, task in tasks.items():
+                    if self._work.get(name) is task:  # nobody has asked for it again meanwhile
+                        await self.states.note(name, wanted=False)
+            await asyncio.wait(tasks.values())
 
         return evict
 
@@ -343,7 +269,7 @@ class ModelLoads:
             await self.library.change(name, etag=etag, counts=is_new, wanted=False, pinned=pinned, **cleared)
             if state is not ModelState.UNLOADING:
                 self._take_out(name, grace_s)
-        return self.view(name)
+        return self.states.view(name)
 
     def _take_out(self, name: str, grace_s: float, note: str = "") -> asyncio.Task[None]:
         """End what is done to bring a model, and its worker; the task returns when both are gone."""
@@ -363,7 +289,7 @@ class ModelLoads:
             if self._front.is_served(name):
                 await self._front.remove_model(name, grace_s=grace_s)
         finally:
-            self._front.rest(name, note=note)
+            self._front.rest(name, note=note)  # with no wait since it was removed: it is never unknown
             await self.room.release(name)
 
     async def delete(self, name: str, *, etag: str = "") -> None:
@@ -377,7 +303,7 @@ class ModelLoads:
                 await self._front.remove_model(name)
                 await self.room.release(name)
             self._front.forget(name)
-            self._files.pop(name, None)
+            self.states.files.pop(name, None)
         if record.owns_folder and (folder := record.known_folder) is not None:
             await asyncio.to_thread(_remove_below, self._fetcher.own_root, folder)
 
@@ -388,16 +314,6 @@ class ModelLoads:
         self._work[name] = task
         task.add_done_callback(lambda done: self._work.pop(name) if self._work.get(name) is done else None)
         return task
-
-    async def _note(self, name: str, error: SlipstreamError | None = None, **changes: Any) -> None:
-        """Keep what happened. Serving goes on where the database cannot be written."""
-        if error is not None:
-            changes |= {"error_reason": error.reason, "error_message": error.message}
-        try:
-            if name in self.library.records:
-                await self.library.change(name, counts=False, **changes)
-        except SlipstreamError as failure:
-            log.warning("model %s: what became of it could not be stored: %s", name, failure.message)
 
 
 def _restored_first(record: StoredModel) -> tuple[bool, bool, float]:

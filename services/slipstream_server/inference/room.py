@@ -86,6 +86,10 @@ class DeviceRoom:
     async def release(self, name: str) -> None:
         """A model's worker is gone."""
         self.budget.release(name)
+        await self.tell_ledger()
+
+    async def tell_ledger(self) -> None:
+        """What all models hold now; that others have taken the memory is told in the log only."""
         try:
             await self._tell_ledger()
         except SlipstreamError as error:

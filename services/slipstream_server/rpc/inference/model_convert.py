@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -15,10 +17,11 @@ from slipstream_server.inference.front import ModelPlan
 from slipstream_server.inference.generation import Ready
 from slipstream_server.inference.library import StoredModel
 from slipstream_server.inference.load_choice import LoadChoice
-from slipstream_server.inference.model_loads import LoadWish, ModelView
+from slipstream_server.inference.model_loads import LoadWish
+from slipstream_server.inference.model_states import ModelView
 from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.models.catalogue import CatalogueEntry, HubSource, builtin_catalogue
-from slipstream_server.models.facts import Family, ModelFacts
+from slipstream_server.models.facts import Family, ModelFacts, facts_of_config
 from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization
 from slipstream_server.models.progress import PullStage
 from slipstream_server.models.task_classes import kind_of, tasks_of
@@ -90,12 +93,13 @@ def required_model_id(name: str) -> str:
 
 def load_choice(options: model_service_pb2.ModelLoadOptions) -> LoadChoice:
     """ModelLoadOptions without protobuf."""
+    given: Any = options
     return LoadChoice(
         data_type=_word(options.data_type, _DATA_TYPES, "options.data_type"),
         quantization=_word(options.quantization, _QUANTIZATIONS, "options.quantization"),
         batching=_word(options.batching, _BATCHINGS, "options.batching"),
-        **{name: getattr(options, name) for name in _PLAIN},
-        **{name: getattr(options, name) for name in _OPTIONAL if options.HasField(name)},
+        **{name: getattr(given, name) for name in _PLAIN},
+        **{name: getattr(given, name) for name in _OPTIONAL if given.HasField(name)},
     )
 
 
@@ -166,14 +170,26 @@ def catalogue_entry_message(entry: CatalogueEntry, *, is_local: bool) -> model_s
     return model_service_pb2.CatalogueEntry(
         id=entry.name,
         source=first.repository if isinstance(first, HubSource) else first.package,
-        title=entry.description.partition(":")[0],
+        title=entry.title or entry.name,
         description=entry.description,
         licence=entry.license,
+        gated=entry.gated,
         tasks=entry.tasks,
+        family=_entry_family(entry),
         parameter_count=entry.num_parameters,
+        context_tokens=entry.context_tokens,
         download_bytes=entry.size_bytes,
+        languages=entry.languages,
         available_locally=is_local,
     )
+
+
+def _entry_family(entry: CatalogueEntry) -> architecture_pb2.ArchitectureFamily.ValueType:
+    if entry.family:
+        return architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{entry.family.upper()}")
+    if not entry.config:
+        return architecture_pb2.ARCHITECTURE_FAMILY_UNSPECIFIED
+    return FAMILIES[facts_of_config(entry.config).family]
 
 
 def _tell_state(model: Model, status: ModelStatus) -> None:
@@ -248,7 +264,7 @@ def _held_quantization(plan: ModelPlan) -> precision_pb2.Quantization.ValueType:
     return _QUANTIZATIONS.get(plan.facts.quantization_method or "none", precision_pb2.QUANTIZATION_UNSPECIFIED)
 
 
-def _word(value: int, words: dict[str, int], field: str) -> str:
+def _word(value: int, words: Mapping[str, int], field: str) -> str:
     """The word of an enum's value; empty where it is unspecified."""
     if not value:
         return ""

@@ -58,7 +58,7 @@ class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
         page = PageRequest(query=query, page_size=request.page_size, page_token=request.page_token)
         num_rows, position = page.num_rows(), page.position()
         after = position[0] if position else ""
-        models = [model_message(v, self._replica_id) for v in self._loads.views() if v.record.id > after]
+        models = [model_message(v, self._replica_id) for v in self._loads.states.views() if v.record.id > after]
         wanted = [model for model in models if _is_wanted(model, request)]
         response = model_service_pb2.ListModelsResponse(models=wanted[:num_rows])
         if len(wanted) > num_rows:
@@ -73,7 +73,7 @@ class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
         shown = _Shown()
         is_first = True
         async for _ in self._front.subscribe():
-            views = [view for view in self._loads.views() if not names or view.record.id in names]
+            views = [view for view in self._loads.states.views() if not names or view.record.id in names]
             models = {view.record.id: model_message(view, self._replica_id) for view in views}
             for model in shown.news(models):
                 yield model_service_pb2.WatchModelsResponse(model=model)
@@ -85,7 +85,7 @@ class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
                 yield model_service_pb2.WatchModelsResponse(deleted_model=str(ModelName(name)))
 
     async def _message(self, model: str) -> Model:
-        return model_message(self._loads.view(model), self._replica_id)
+        return model_message(self._loads.states.view(model), self._replica_id)
 
     # Loading.
 
