@@ -174,7 +174,15 @@ async def test_nothing_is_an_answer(service: ModelService) -> None:
     assert not await recommended(service, "text-generation", languages=["xx"])
 
 
-@pytest.mark.parametrize("alias", ["sentiment-analysis", "ner", "vqa", "translation_en_to_de", "text-to-speech"])
+async def test_a_pair_of_languages_is_asked_for_by_the_task(service: ModelService) -> None:
+    found = await recommended(service, "translation_en_to_de", memory_bytes=16 * GIB)
+    assert all({"en", "de"} <= {*one.entry.languages} for one in found.values())
+    assert not await recommended(service, "translation_en_to_ja", memory_bytes=16 * GIB)
+
+
+@pytest.mark.parametrize(
+    "alias", ["sentiment-analysis", "ner", "vqa", "text-to-speech", "rerank"]
+)
 async def test_a_task_is_known_by_its_other_names(service: ModelService, alias: str) -> None:
     assert await recommended(service, alias, memory_bytes=16 * GIB)
 

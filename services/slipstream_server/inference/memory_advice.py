@@ -14,7 +14,6 @@ from pathlib import Path
 import msgspec
 
 from slipstream_server.errors import InvalidField
-from slipstream_server.inference.engines import BUILT, TASKS
 from slipstream_server.inference.footprint import footprint
 from slipstream_server.inference.load_choice import STORED_QUANTIZATIONS, LoadChoice
 from slipstream_server.inference.plans import ServingDefaults, plan_of
@@ -129,11 +128,7 @@ class MemoryAdviser:
 
     def _plan(self, name: str, facts: ModelFacts, choice: LoadChoice) -> ModelPlan:
         prepared = PreparedModel(name=name, folder=_NOWHERE, source=name, revision="")
-        if facts.is_generative or TASKS in BUILT:
-            return plan_of(name, name, prepared, facts, choice, self._defaults)
-        # A build that serves no encoders can still tell what one would take.
-        plan = plan_of(name, name, prepared, replace(facts, is_generative=True), choice, self._defaults)
-        return replace(plan, facts=facts)
+        return plan_of(name, name, prepared, facts, choice, self._defaults)
 
     def _alternatives(
         self, name: str, facts: ModelFacts, choice: LoadChoice, advice: MemoryAdvice

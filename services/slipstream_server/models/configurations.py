@@ -20,6 +20,7 @@ from slipstream_server.models.cache import ModelCache
 from slipstream_server.models.catalogue import CatalogueEntry, HubSource
 from slipstream_server.models.folder import CODE_FILES, FAST_TOKENIZER, SLOW_TOKENIZER_FILES, is_plain_name, read_json
 from slipstream_server.models.hub import HubSnapshot, fetch_snapshot, parse_hub_id
+from slipstream_server.models.parameters import count_parameters_of
 from slipstream_server.models.progress import ignore_progress
 from slipstream_server.models.sources import SourceOptions, resolve
 
@@ -62,8 +63,11 @@ class Configurations:
         self._options = options
         self._known = known
 
-    def find(self, spec: str, field: str, revision: str = "") -> FoundConfiguration:
-        """Raises InvalidField, ModelNotFound, PermissionDenied, DependencyUnavailable, CorruptArtifact."""
+    def find(self, spec: str, field: str, revision: str = "", *, shape_only: bool = False) -> FoundConfiguration:
+        """The configuration of ``spec``; with ``shape_only`` what the catalogue says of a model's shape will do.
+
+        Raises InvalidField, ModelNotFound, PermissionDenied, DependencyUnavailable, CorruptArtifact.
+        """
         _check_spec(spec, field)
         if (folder := self._known(spec.removeprefix(_MODELS))) is not None:
             _refuse_revision(revision, field)
@@ -72,7 +76,7 @@ class Configurations:
             raise ModelNotFound(f"{field}: no model {spec[:80]!a}, or its files are not here yet")
         if (entry := self._entry(spec)) is not None:
             _refuse_revision(revision, field)
-            return self._of_entry(entry)
+            return self._of_entry(entry, shape_only=shape_only)
         if (folder := self._in_roots(spec)) is not None:
             _refuse_revision(revision, field)
             return _local(spec, folder)
@@ -92,11 +96,11 @@ class Configurations:
     def _entry(self, name: str) -> CatalogueEntry | None:
         return self._options.catalogue.get(name) if name in self._options.catalogue else None
 
-    def _of_entry(self, entry: CatalogueEntry) -> FoundConfiguration:
+    def _of_entry(self, entry: CatalogueEntry, *, shape_only: bool) -> FoundConfiguration:
         pointer = ModelCache(self._options.cache_root).recall(entry.name)
         if pointer is not None:
             return _local(entry.name, Path(pointer["folder"]), entry)
-        if entry.config:
+        if shape_only and count_parameters_of(entry.config) is not None:
             return FoundConfiguration(name=entry.name, config=entry.config, folder=None, is_local=False, entry=entry)
         reasons: list[str] = []
         for source in entry.sources:

@@ -4,38 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
-from slipstream.inference.v1 import architecture_pb2
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream_server.errors import InvalidField
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.memory_advice import MemoryAdvice, MemoryAdviser, default_device
 from slipstream_server.inference.recommendation import Need, Recommendation, recommend
 from slipstream_server.models.cache import ModelCache
-from slipstream_server.models.catalogue import Catalogue, CatalogueEntry, HubSource
+from slipstream_server.models.catalogue import CatalogueEntry
 from slipstream_server.models.configurations import Configurations
 from slipstream_server.models.facts import ModelFacts, facts_of_config
 from slipstream_server.models.sources import SourceOptions
-from slipstream_server.rpc.inference.model_convert import FAMILIES, load_choice, load_options_message
+from slipstream_server.rpc.inference.model_convert import catalogue_entry_message, load_choice, load_options_message
+from slipstream_server.tasks.registry import find_task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_RESULTS, _USUAL_RESULTS = 50, 5
 _MAX_NAMES = 100
-_OTHER_NAMES: Mapping[str, str] = {
-    "sentiment-analysis": "text-classification",
-    "ner": "token-classification",
-    "vqa": "visual-question-answering",
-    "asr": "automatic-speech-recognition",
-    "tts": "text-to-speech",
-    "embeddings": "feature-extraction",
-    "rerank": "text-ranking",
-    "chat": "text-generation",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +37,6 @@ class AdviceRooms:
     options: SourceOptions
     capacity: Mapping[str, int]
     left_bytes: Callable[[str], int | None]
-    task_names: Mapping[str, str] = field(default_factory=lambda: _OTHER_NAMES)
 
 
 class ModelAdvice:
@@ -63,7 +52,9 @@ class ModelAdvice:
         choice = load_choice(request.options)
         choice.check()
         rooms = self._advice
-        found = await asyncio.to_thread(rooms.configurations.find, request.source, "source", request.revision)
+        found = await asyncio.to_thread(
+            rooms.configurations.find, request.source, "source", request.revision, shape_only=True
+        )
         return _estimate_message(await rooms.adviser.advise(found, choice))
 
     async def RecommendModels(
@@ -87,15 +78,16 @@ class ModelAdvice:
         for name in ("memory_bytes", "min_context_tokens"):
             if getattr(request, name) < 0:
                 raise InvalidField.of(name, f"{getattr(request, name)} is negative")
+        task = find_task(request.task)
         device = default_device(rooms.capacity)
         left = rooms.left_bytes(device)
         free = max(0, left) if left is not None else rooms.capacity.get(device, 0)
         return Need(
-            task=_task(request.task, rooms.options.catalogue, rooms.task_names),
+            task=task.spec.id,
             memory_bytes=request.memory_bytes or free,
             device=device,
             licences=frozenset(_names(request.licences, "licences")),
-            languages=frozenset(_names(request.languages, "languages")),
+            languages=frozenset((*_names(request.languages, "languages"), *(task.languages or ()))),
             min_context_tokens=request.min_context_tokens,
             local_only=request.local_only,
         )
@@ -108,15 +100,6 @@ def _entry_facts(entry: CatalogueEntry) -> ModelFacts:
     """What the catalogue tells of a model: its shape where it has the configuration, its size in any case."""
     facts = facts_of_config({"dtype": entry.dtype, **entry.config})
     return replace(facts, num_parameters=entry.num_parameters)
-
-
-def _task(name: str, catalogue: Catalogue, other_names: Mapping[str, str]) -> str:
-    known = {task for entry in catalogue.entries.values() for task in entry.tasks}
-    task = other_names.get(name, name)
-    if task not in known and not task.startswith("translation_"):
-        shown = f"{name[:60]!a} is not one of" if name else "is required; one of"
-        raise InvalidField.of("task", f"{shown} {', '.join(sorted(known))}")
-    return "translation" if task.startswith("translation_") else task
 
 
 def _names(names: Any, field_name: str) -> list[str]:
@@ -159,34 +142,8 @@ def _estimate_message(advice: MemoryAdvice) -> pb2.EstimateModelMemoryResponse:
 
 def _recommendation_message(found: Recommendation) -> pb2.ModelRecommendation:
     return pb2.ModelRecommendation(
-        entry=entry_message(found.entry, is_local=found.is_local),
+        entry=catalogue_entry_message(found.entry, is_local=found.is_local),
         options=load_options_message(found.choice),
         total_bytes=found.total_bytes,
         reasons=found.reasons,
     )
-
-
-def entry_message(entry: CatalogueEntry, *, is_local: bool) -> pb2.CatalogueEntry:
-    """An entry of the catalogue as the contract has it."""
-    first = entry.sources[0]
-    return pb2.CatalogueEntry(
-        id=entry.name,
-        source=first.repository if isinstance(first, HubSource) else first.package,
-        title=entry.title or entry.name,
-        description=entry.description,
-        licence=entry.license,
-        gated=entry.gated,
-        tasks=entry.tasks,
-        family=_family(entry),
-        parameter_count=entry.num_parameters,
-        context_tokens=entry.context_tokens,
-        download_bytes=entry.size_bytes,
-        languages=entry.languages,
-        available_locally=is_local,
-    )
-
-
-def _family(entry: CatalogueEntry) -> architecture_pb2.ArchitectureFamily.ValueType:
-    if entry.family:
-        return architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{entry.family.upper()}")
-    return FAMILIES[facts_of_config(entry.config).family]
