@@ -44,7 +44,7 @@ for name, task in cases.items():
     model = getattr(hf, classes[name]).from_pretrained(where).eval()
     parts = {"image_processor": hf.AutoImageProcessor.from_pretrained(where, use_fast=False)}
     if task != "image-to-image":
-        parts["tokenizer"] = hf.AutoTokenizer.from_pretrained(where)
+        parts["tokenizer"] = hf.PreTrainedTokenizerFast.from_pretrained(where, model_input_names=["input_ids", "attention_mask"])
     pipe = hf.pipeline(task, model=model, device="cpu", **parts)
     if task == "visual-question-answering":
         answers[name] = [[pipe(image=p, question=q, top_k=3) for q in questions] for p in pictures]
