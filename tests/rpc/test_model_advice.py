@@ -84,6 +84,13 @@ async def test_adapter_slots_count_where_they_are_asked_for(service: ModelServic
     assert slots.total_bytes - plain.total_bytes == slots.adapter_bytes
 
 
+async def test_a_device_that_is_not_here_has_nothing_available(service: ModelService) -> None:
+    for asked, named in (("cuda:7", "cuda:7"), ("cuda", "cuda:0")):
+        found = await estimate(service, "gpt2", device=asked)
+        assert (found.device, found.available_bytes, found.fits) == (named, 0, False)
+        assert found.total_bytes > found.weights_bytes > 0
+
+
 async def test_an_encoder_keeps_no_keys_and_values(service: ModelService) -> None:
     found = await estimate(service, "bge-base-en")
     assert (found.kv_cache_bytes, found.kv_cache_bytes_per_token) == (0, 0)
@@ -114,7 +121,7 @@ async def test_a_folder_of_the_root_is_estimated_from_its_weights(service: Model
         ({"source": "gpt2", "options": {"context_tokens": 0}}, INVALID, "options.context_tokens"),
         ({"source": "gpt2", "options": {"context_tokens": 2**62}}, INVALID, "options.context_tokens"),
         ({"source": "gpt2", "options": {"memory_fraction": float("nan")}}, INVALID, "options.memory_fraction"),
-        ({"source": "gpt2", "options": {"device": "cuda:7"}}, INVALID, "options.device"),
+        ({"source": "gpt2", "options": {"device": "tpu"}}, INVALID, "options.device"),
         ({"source": "gpt2", "options": {"max_running_sequences": -1}}, INVALID, "options.max_running_sequences"),
     ],
 )
@@ -180,9 +187,7 @@ async def test_a_pair_of_languages_is_asked_for_by_the_task(service: ModelServic
     assert not await recommended(service, "translation_en_to_ja", memory_bytes=16 * GIB)
 
 
-@pytest.mark.parametrize(
-    "alias", ["sentiment-analysis", "ner", "vqa", "text-to-speech", "rerank"]
-)
+@pytest.mark.parametrize("alias", ["sentiment-analysis", "ner", "vqa", "text-to-speech", "rerank"])
 async def test_a_task_is_known_by_its_other_names(service: ModelService, alias: str) -> None:
     assert await recommended(service, alias, memory_bytes=16 * GIB)
 

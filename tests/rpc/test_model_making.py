@@ -179,6 +179,30 @@ async def test_the_auto_class_chooses_the_head(service: ModelService) -> None:
     assert "labels" not in await service.states()
 
 
+async def test_a_model_that_reads_no_text_needs_no_tokenizer(service: ModelService) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    picture = struct({"model_type": "vit", "image_size": 16, "patch_size": 8, "num_labels": 3, **shape})
+    fields = {"config": picture, "auto_class": "AutoModelForImageClassification", "validate_only": True}
+    checked = await service.stub.CreateModel(creation("pictures", **fields))
+    # Patches 8*8*3*32+32, class and 4+1 places, one layer, its two norms and the last one, three labels.
+    layer = 4 * (32 * 32 + 32) + 2 * 32 * 48 + 48 + 32 + 4 * 32
+    assert checked.parameter_count == 8 * 8 * 3 * 32 + 32 + 32 + 5 * 32 + layer + 64 + 3 * 32 + 3
+
+
+@pytest.mark.slow
+async def test_a_family_that_nobody_counted_is_built_to_be_counted(service: ModelService) -> None:
+    import torch
+    from transformers import MambaConfig, MambaForCausalLM
+
+    shape = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    fields = {"config": struct({"model_type": "mamba", **shape}), "auto_class": "AutoModelForCausalLM"}
+    request = creation("state-space", tokenizer_source="base", validate_only=True, **fields)
+    checked = await service.stub.CreateModel(request)
+    with torch.device("meta"):
+        model = MambaForCausalLM(MambaConfig(**shape))
+    assert checked.parameter_count == sum(weight.numel() for weight in model.parameters())
+
+
 @pytest.mark.slow
 async def test_a_repeat_answers_as_the_first_did(service: ModelService) -> None:
     request = creation("once", {"num_hidden_layers": 1}, request_id="again")

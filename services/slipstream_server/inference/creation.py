@@ -34,7 +34,7 @@ from slipstream_server.inference.library import Library, NewModel, StoredModel
 from slipstream_server.models.architectures import ENDINGS
 from slipstream_server.models.cache import require_free_bytes, storage_errors
 from slipstream_server.models.config_checks import MAX_PARAMETERS, check_values, check_vocabulary, vocabulary_of
-from slipstream_server.models.configurations import Configurations, tokenizer_files
+from slipstream_server.models.configurations import PROCESSOR_FILES, Configurations, tokenizer_files
 from slipstream_server.models.counting import count_parameters_anywhere
 from slipstream_server.models.estimate import DTYPE_BYTES
 from slipstream_server.models.folder import FAST_TOKENIZER, PROVENANCE
@@ -52,7 +52,7 @@ _MAX_SEED = 2**63 - 1
 _PROCESS_BYTES = 500 * 1024**2
 _MAKING = ".making-"
 # How far a model is when a stage begins.
-_STAGES = {"initialising": 0.2, "saving": 0.6, "saving the tokenizer": 0.9}
+_STAGES = {"initialising": 0.2, "saving": 0.6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +79,7 @@ class CreationPlan:
     architecture: str
     auto_class: str
     tokenizer: Path | None
+    processor: Path | None
     base_model: str
     num_parameters: int
     weight_bytes: int
@@ -130,6 +131,7 @@ class ModelCreation:
             architecture=examined["architecture"],
             auto_class=examined["auto_class"],
             tokenizer=tokenizer,
+            processor=source_folder,
             base_model=base_model,
             num_parameters=counted.total,
             weight_bytes=counted.total * DTYPE_BYTES[request.data_type],
@@ -214,8 +216,7 @@ class ModelCreation:
                     "dtype": plan.request.data_type,
                     "seed": plan.seed,
                     "target": str(partial),
-                    "tokenizer": str(plan.tokenizer) if plan.tokenizer else "",
-                    "tokenizer_files": tokenizer_files(plan.tokenizer) if plan.tokenizer else [],
+                    "files": await asyncio.to_thread(_files_beside, plan),
                 },
                 timeout_s=_CREATE_TIMEOUT_S,
                 report=lambda progress: self._report(name, progress.stage, _STAGES.get(progress.stage, 0.0)),
@@ -293,6 +294,16 @@ def _num_tokens(folder: Path) -> int:
         return int(Tokenizer.from_file(str(folder / FAST_TOKENIZER)).get_vocab_size(with_added_tokens=True))
     except Exception as error:  # whatever the tokenizers library finds wrong
         raise InvalidField.of("tokenizer_source", "the tokenizer cannot be read") from error
+
+
+def _files_beside(plan: CreationPlan) -> list[str]:
+    """The files of the tokenizer, and those that prepare pictures and sound, which belong to the configuration."""
+    found: list[Path] = []
+    if plan.processor is not None:
+        found += [plan.processor / name for name in PROCESSOR_FILES if (plan.processor / name).is_file()]
+    if plan.tokenizer is not None:
+        found += [plan.tokenizer / name for name in tokenizer_files(plan.tokenizer)]
+    return [str(path) for path in found]
 
 
 def _provenance(plan: CreationPlan, answer: Mapping[str, Any]) -> dict[str, Any]:

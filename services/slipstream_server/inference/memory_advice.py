@@ -98,11 +98,11 @@ class MemoryAdviser:
     def estimate(self, name: str, facts: ModelFacts, choice: LoadChoice) -> MemoryAdvice:
         """The estimate for one way to hold the model."""
         plan = self._plan(name, facts, choice)
-        held = footprint(plan, self._capacity)
-        if not held:
-            raise InvalidField.of("options.device", f"{plan.worker.load.device!r} is no device of this machine")
-        device = next(iter(held))
         load = plan.worker.load
+        # A device that is not here can be asked about all the same; nothing is available on it.
+        elsewhere = {load.device if ":" in load.device else f"{load.device}:0": 0}
+        held = footprint(plan, self._capacity) or footprint(plan, elsewhere)
+        device = next(iter(held))
         dtype = facts.dtype if load.dtype == "auto" else load.dtype
         parts = estimate_memory(
             facts,
@@ -112,7 +112,7 @@ class MemoryAdviser:
             context_tokens=0,
         )
         kv_bytes = parts.kv_bytes_per_token * _cached_tokens(plan)
-        available = self._left_bytes(device)
+        available = self._left_bytes(device) if device in self._capacity else 0
         return MemoryAdvice(
             weights_bytes=parts.weight_bytes,
             kv_cache_bytes=kv_bytes,

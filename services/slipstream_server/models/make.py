@@ -1,8 +1,8 @@
 """Builds a model from an examined configuration: ``python -m slipstream_server.models.make``.
 
 A subprocess (see ``tool_side``), because it imports torch and fills memory. ``count`` builds on the meta device and
-tells the parameters; ``create`` initialises the weights from a seed and saves them, with the tokenizer, as a prepared
-folder.
+tells the parameters; ``create`` initialises the weights from a seed and saves them, with the files of tokenizer and
+processor, as a prepared folder.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def count(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def create(request: Mapping[str, Any]) -> dict[str, Any]:
-    """``config``, ``architecture``, ``dtype``, ``seed``, ``target`` (an empty folder), ``tokenizer`` (a folder)."""
+    """``config``, ``architecture``, ``dtype``, ``seed``, ``target`` (an empty folder), ``files`` (to lie beside)."""
     target = Path(request["target"])
     tell("initialising")
     torch.manual_seed(request["seed"])
@@ -52,9 +52,8 @@ def create(request: Mapping[str, Any]) -> dict[str, Any]:
         model.generation_config = _generation_config(model.config)
     tell("saving")
     model.save_pretrained(target, max_shard_size="4GB")
-    if request["tokenizer"]:
-        tell("saving the tokenizer")
-        _copy_tokenizer(Path(request["tokenizer"]), target, request["tokenizer_files"])
+    for path in request["files"]:
+        shutil.copyfile(path, target / Path(path).name)
     return {
         "parameters": sum(weight.numel() for weight in model.parameters()),
         "transformers": transformers.__version__,
@@ -81,11 +80,6 @@ def _generation_config(config: Any) -> GenerationConfig:
         end = defaults.eos_token_id
         defaults.pad_token_id = end[0] if isinstance(end, list) else end
     return defaults
-
-
-def _copy_tokenizer(source: Path, target: Path, names: list[str]) -> None:
-    for name in names:
-        shutil.copyfile(source / name, target / name)
 
 
 if __name__ == "__main__":
