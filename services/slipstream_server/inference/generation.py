@@ -202,7 +202,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     """What the engine is doing, sent when it changes, at most every 250 ms. Totals count from the worker's start.
 
     ``prefix_queries_total`` and ``prefix_hits_total`` count prompt tokens, looked up and found. ``kv_capacity_tokens``
-    0: the engine has no fixed capacity.
+    0: the engine has no fixed capacity. ``adapters`` are the versions at hand on the device.
     """
 
     num_running: int
@@ -218,6 +218,7 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     preemptions_total: int = 0
     draft_tokens_total: int = 0
     accepted_draft_tokens_total: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 Event = Loading | Ready | LoadFailed | Admitted | PromptLogprobs | Tokens | TaskResults | Finished | Failed | Stats

@@ -163,7 +163,10 @@ class WorkerSupervisor:
             case LoadFailed():
                 raise _CannotLoad(error_of(event.reason, event.message))
             case Stats():
+                has_news = self.status.stats is None or self.status.stats.adapters != event.adapters
                 self.status = replace(self.status, stats=event)
+                if has_news:
+                    self._on_change()
                 self._metrics.engine(event)
             case _:
                 self._dispatcher.handle(event)
@@ -174,7 +177,9 @@ class WorkerSupervisor:
         self._deaths_in_a_row += 1
         self._metrics.worker_died()
         delay_s = self._policy.delay_s(self._deaths_in_a_row)
-        self.status = replace(self.status, num_deaths=self.status.num_deaths + 1, worker_pid=None, ready=None)
+        self.status = replace(
+            self.status, num_deaths=self.status.num_deaths + 1, worker_pid=None, ready=None, stats=None
+        )
         _log.error("worker of model %s %s; the next one starts in %.1f s", self.status.model, how, delay_s)
         if self._deaths_in_a_row >= self._policy.crash_loop_deaths:
             text = f"{self._deaths_in_a_row} workers died in a row; the last one {how}"

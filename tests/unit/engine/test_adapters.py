@@ -14,7 +14,7 @@ from tests.unit.engine.adapter_folders import WEIGHTS, change_weights, peft_alon
 from tests.unit.engine.driving import Bench, generate_alone, prompts, request, tiny_model
 
 from slipstream_server.inference.engine.lora_slots import LoraSlots
-from slipstream_server.inference.generation import AdapterPin, Beams, Sampling, Stopping
+from slipstream_server.inference.generation import AdapterPin, Beams, Sampling, Stats, Stopping
 
 EVERY_LINEAR: dict[str, list[str]] = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"],
@@ -56,6 +56,17 @@ def test_every_row_of_a_mixed_batch_answers_as_its_adapter_alone(name: str, tmp_
         assert answer.tokens[0] == alone
     plain = generate_alone(model, asked[0].prompt_token_ids, max_new_tokens=12)
     assert answers[0].tokens[0] != plain, "the adapter changes nothing, so the test shows nothing"
+
+
+def test_the_versions_at_hand_are_reported_until_others_take_their_slots(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    adapters = [save_adapter(model, tmp_path / str(n), seed=n, targets=["q_proj"], rank=2) for n in (1, 2, 3)]
+    bench, _ = bench_of(model, num_slots=2)
+    for number, adapter in enumerate(adapters, 1):
+        bench.submit(request(prompts([4])[0], 2, adapter=adapter))
+        events = [event for _ in range(20) for event in bench.step()]
+        last = [event for event in events if isinstance(event, Stats)][-1]
+        assert last.adapters == tuple([held.version for held in adapters[max(0, number - 2) : number]])
 
 
 def test_patterns_scale_modules_as_peft_does(tmp_path: Path) -> None:

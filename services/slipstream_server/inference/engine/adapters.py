@@ -17,6 +17,10 @@ from slipstream_server.inference.generation import AdapterPin
 class AdapterSlots(Protocol):
     """Adapter weights on the device."""
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The versions at hand, the least recently used first."""
+
     def hold(self, pin: AdapterPin) -> None:
         """Make the pinned version usable by rows until ``release_all``, or raise a SlipstreamError that fails the
         request alone.
@@ -33,6 +37,10 @@ class AdapterSlots(Protocol):
 
 class NoAdapters:
     """Slots of a worker that serves its base model only."""
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return ()
 
     def hold(self, pin: AdapterPin) -> None:
         raise UnsupportedField.of("adapter", f"version {pin.version!r}: this model is served without adapters")

@@ -32,6 +32,7 @@ class _Held:
     """An adapter in its slot, and the layers that it changes."""
 
     slot: int
+    version: str
     layers: tuple[AdaptedLinear, ...]
 
 
@@ -56,11 +57,15 @@ class LoraSlots:
         """Digests of the adapters at hand, the least recently used first."""
         return tuple(self._held)
 
+    @property
+    def versions(self) -> tuple[str, ...]:
+        return tuple([held.version for held in self._held.values()])
+
     def hold(self, pin: AdapterPin) -> None:
         """Raises IncompatibleAdapter, CorruptArtifact, UnsafeWeights, OutOfMemory."""
         if pin.digest not in self._held:
             began_s = time.monotonic()
-            self._load(pin.digest, read_adapter(Path(pin.folder), max_rank=self._max_rank))
+            self._load(pin, read_adapter(Path(pin.folder), max_rank=self._max_rank))
             logger.info("adapter %s loaded in %.0f ms", pin.version, 1000 * (time.monotonic() - began_s))
         self._held.move_to_end(pin.digest)
         self._in_use.add(pin.digest)
@@ -102,9 +107,9 @@ class LoraSlots:
             layer.uninstall()
         self._installed = []
 
-    def _load(self, digest: str, weights: Mapping[str, Factors]) -> None:
+    def _load(self, pin: AdapterPin, weights: Mapping[str, Factors]) -> None:
         layers = {path: self._layer(path, factors) for path, factors in weights.items()}
-        held = _Held(self._take_slot(), tuple(layers.values()))
+        held = _Held(self._take_slot(), pin.version, tuple(layers.values()))
         try:
             for path, layer in layers.items():
                 layer.put(held.slot, weights[path])
@@ -112,7 +117,7 @@ class LoraSlots:
             self._empty(held)
             raise
         self._layers.update(layers)
-        self._held[digest] = held
+        self._held[pin.digest] = held
 
     def _layer(self, path: str, factors: Factors) -> AdaptedLinear:
         """The layer at ``path``; raises IncompatibleAdapter where there is none that ``factors`` fit."""

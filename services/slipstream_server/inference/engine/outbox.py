@@ -54,7 +54,7 @@ class Outbox:
         events, self._events = self._events, []
         return events
 
-    def report(self, running: Sized, waiting: Sized, batch: HoldsKV | None) -> None:
+    def report(self, running: Sized, waiting: Sized, batch: HoldsKV | None, adapters: tuple[str, ...] = ()) -> None:
         """Add Stats where they have changed: at once when the engine falls idle, else every 250 ms at most."""
         totals = self.totals
         stats = Stats(
@@ -65,6 +65,7 @@ class Outbox:
             prompt_tokens_total=totals.prompt_tokens,
             generation_tokens_total=totals.generation_tokens,
             batch_rows_total=totals.rows,
+            adapters=adapters,
         )
         now = self._clock()
         is_idle = not len(running) and not len(waiting)

@@ -102,7 +102,7 @@ class PaddedEngine:
             batch = self._schedule()
             if batch is not None:
                 self._run(batch)
-        self._outbox.report(self._running, self._scheduler, self._batch)
+        self._outbox.report(self._running, self._scheduler, self._batch, self._slots.versions)
         return self._outbox.take()
 
     def wait_s(self) -> float | None:

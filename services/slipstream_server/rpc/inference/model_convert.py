@@ -161,6 +161,7 @@ def model_message(view: ModelView, replica_id: str) -> Model:
         model.context_tokens = view.plan.max_context_tokens or view.plan.facts.context_tokens or 0
     if status.ready is not None and view.plan is not None:
         _tell_loaded(model, status.ready, view.plan)
+        model.loaded_adapter_versions.extend(sorted(status.stats.adapters) if status.stats is not None else ())
     return model
 
 
