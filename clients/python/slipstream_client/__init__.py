@@ -59,6 +59,7 @@ from slipstream_client.settings import ClientSettings
 from slipstream_client.streams import AnswerStream
 from slipstream_client.sync import SyncSlipstreamClient
 from slipstream_client.sync_streams import SyncAnswerStream, SyncMessageStream
+from slipstream_client.task_results import Task, TaskAnswer, TaskParameter, TaskResult
 
 __all__ = [
     "AbortedError",
@@ -110,6 +111,10 @@ __all__ = [
     "SyncAnswerStream",
     "SyncMessageStream",
     "SyncSlipstreamClient",
+    "Task",
+    "TaskAnswer",
+    "TaskParameter",
+    "TaskResult",
     "Token",
     "TokenCount",
     "TokenLogprob",

@@ -6,7 +6,7 @@ It belongs to the event loop that first uses it; on other threads use the facade
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -41,6 +41,8 @@ from slipstream_client.results import (
 )
 from slipstream_client.retries import RetryPolicy
 from slipstream_client.settings import SERVICES, ClientSettings
+from slipstream_client.task_results import TaskAnswer, TaskResult
+from slipstream_client.tasks import Tasks
 
 
 class SlipstreamClient:
@@ -90,6 +92,7 @@ class SlipstreamClient:
         self.jobs = Jobs(self.connection)
         self.adapters = Adapters(self.connection)
         self.conversations = Conversations(self.connection)
+        self.tasks = Tasks(self.connection)
 
     async def __aenter__(self) -> Self:
         return self
@@ -151,6 +154,14 @@ class SlipstreamClient:
         call["request_id"] = request_id = checked_request_id(call.get("request_id"))
         events = self.connection.stream("chat", self.chat_stub.StreamComplete, request, is_answer=_is_delta, **call)
         return streams.chat_stream(events, request_id)
+
+    async def run_task(self, task: str, inputs: Any, **options: Any) -> TaskAnswer:
+        """``tasks.run``: run a task on one input or several."""
+        return await self.tasks.run(task, inputs, **options)
+
+    def stream_task(self, task: str, inputs: Any, **options: Any) -> AsyncGenerator[TaskResult]:
+        """``tasks.stream``: run a task on any number of inputs; results come as they are ready."""
+        return self.tasks.stream(task, inputs, **options)
 
     async def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool | None = None, **call: Unpack[CallOptions]

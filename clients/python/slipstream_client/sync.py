@@ -5,7 +5,7 @@ Any number of threads may share it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -28,8 +28,10 @@ from slipstream_client.sync_nouns import (
     SyncDatasets,
     SyncJobs,
     SyncModels,
+    SyncTasks,
 )
 from slipstream_client.sync_streams import SyncAnswerStream
+from slipstream_client.task_results import TaskAnswer, TaskResult
 
 
 class SyncSlipstreamClient:
@@ -47,6 +49,7 @@ class SyncSlipstreamClient:
         self.jobs = SyncJobs(self.client.jobs, self._thread)
         self.adapters = SyncAdapters(self.client.adapters, self._thread)
         self.conversations = SyncConversations(self.client.conversations, self._thread)
+        self.tasks = SyncTasks(self.client.tasks, self._thread)
 
     def __enter__(self) -> Self:
         return self
@@ -74,6 +77,12 @@ class SyncSlipstreamClient:
         self, messages: Sequence[Message], **options: Unpack[CompleteOptions]
     ) -> SyncAnswerStream[ChatDelta]:
         return SyncAnswerStream(self._thread.run(_called(self.client.stream_complete, messages, options)), self._thread)
+
+    def run_task(self, task: str, inputs: Any, **options: Any) -> TaskAnswer:
+        return self.tasks.run(task, inputs, **options)
+
+    def stream_task(self, task: str, inputs: Any, **options: Any) -> Iterator[TaskResult]:
+        return self.tasks.stream(task, inputs, **options)
 
     def tokenize(
         self, text: str, *, model: str = "", add_special_tokens: bool | None = None, **call: Unpack[CallOptions]

@@ -14,6 +14,7 @@ from slipstream_client.jobs import Jobs
 from slipstream_client.loop_thread import LoopThread
 from slipstream_client.models import Models
 from slipstream_client.sync_streams import SyncMessageStream
+from slipstream_client.tasks import Tasks
 
 Noun = TypeVar("Noun")
 Result = TypeVar("Result")
@@ -140,6 +141,17 @@ class SyncAdapters(SyncNoun[Adapters]):
     @property
     def aliases(self) -> SyncAdapterAliases:
         return SyncAdapterAliases(self.noun.aliases, self.thread)
+
+
+class SyncTasks(SyncNoun[Tasks]):
+    """``Tasks``."""
+
+    run = _waited(Tasks.run)
+    stream = _iterated(Tasks.stream)
+    list = _waited(Tasks.list)
+    describe = _waited(Tasks.describe)
+    classify = _waited(Tasks.classify)
+    embed = _waited(Tasks.embed)
 
 
 class SyncConversations(SyncNoun[Conversations]):

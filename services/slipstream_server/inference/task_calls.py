@@ -54,12 +54,12 @@ def check_task(call: TaskCall) -> NamedTask:
     return task
 
 
-@cache
 def missing_packages(spec: TaskSpec) -> tuple[str, ...]:
     """Packages that the task needs and this environment, which the workers share, has not."""
     return tuple(name for name in spec.packages if not _is_installed(name))
 
 
+@cache
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(_MODULES.get(package, package.replace("-", "_"))) is not None
 

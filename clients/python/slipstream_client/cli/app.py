@@ -24,8 +24,10 @@ from slipstream_client.cli import (
     generate,
     jobs,
     models,
+    run,
     serve,
     status,
+    tasks,
     terminal,
     tokens,
     top,
@@ -52,6 +54,7 @@ LOOK = "Look after them"
 
 app.command(rich_help_panel=TALK)(chat.chat)
 app.command(rich_help_panel=TALK)(generate.generate)
+app.command(rich_help_panel=TALK)(run.run)
 app.command(rich_help_panel=TALK)(tokens.tokenize)
 app.command(name="count-tokens", rich_help_panel=TALK)(tokens.count_tokens)
 app.command(rich_help_panel=TALK)(compare.compare)
@@ -66,6 +69,7 @@ app.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
 )(serve.serve)
 app.add_typer(models.app, name="models", rich_help_panel=LOOK)
+app.add_typer(tasks.app, name="tasks", rich_help_panel=LOOK)
 app.command(rich_help_panel=LOOK)(status.status)
 app.command(rich_help_panel=LOOK)(top.top)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
