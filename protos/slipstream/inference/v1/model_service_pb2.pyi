@@ -1039,11 +1039,13 @@ class EstimateModelMemoryResponse(_message.Message):
     weights_bytes: _builtins.int
     """Weights."""
     kv_cache_bytes: _builtins.int
-    """KV cache for max_running_sequences sequences of context_tokens each. 0 for models without one."""
+    """KV cache of the largest batch: max_running_sequences sequences of context_tokens each, or as many tokens as one batch may have
+    where those are fewer. 0 for models without one.
+    """
     kv_cache_bytes_per_token: _builtins.int
     """KV cache for one token of one sequence. 0 for models without one."""
     adapter_bytes: _builtins.int
-    """Adapter slots at their largest rank."""
+    """Adapter slots at their largest rank, where `options` ask for slots or a rank. Otherwise 0: they are made with the first adapter."""
     overhead_bytes: _builtins.int
     """Activations, logits and scratch of the largest step, and what the runtime takes for itself."""
     total_bytes: _builtins.int
