@@ -43,7 +43,8 @@ def client_place(source: str, revision: str, roots: tuple[Path, ...], catalogue:
 def operator_place(spec: str) -> Place:
     """The place that the operator's own flags name; anything ``models.sources`` understands."""
     is_name = spec in builtin_catalogue() or (not Path(spec).exists() and "/" in spec.strip("/"))
-    return Place(source=spec if is_name and not Path(spec).is_absolute() else Path(spec).name, locator=spec)
+    is_name = is_name and not Path(spec).is_absolute()
+    return Place(source=spec.partition("@")[0] if is_name else Path(spec).name, locator=spec)
 
 
 def check_local_folder(locator: str) -> Path | None:

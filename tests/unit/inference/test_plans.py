@@ -108,7 +108,7 @@ def test_no_path_of_the_operator_is_shown(tmp_path: Path) -> None:
     folder = tmp_path / "some model"
     folder.mkdir()
     assert operator_place(str(folder)).source == "some model"
-    assert operator_place("org/name@main").source == "org/name@main"
+    assert operator_place("org/name@main").source == "org/name"
     assert operator_place("smollm2-135m-instruct").source == "smollm2-135m-instruct"
     assert operator_place("elsewhere/weights.gguf").locator == "elsewhere/weights.gguf"
 

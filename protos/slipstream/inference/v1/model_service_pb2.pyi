@@ -701,7 +701,8 @@ class LoadModelRequest(_message.Message):
     """"models/{model}" or the bare id. Required. A new one is registered with `source`."""
     source: _builtins.str
     """Where a new model comes from: a hub id ("org/name"), an entry of the catalogue, or a folder's name in one of the service's model
-    roots. Empty: the catalogue entry of the same id. For a known model it must be empty or the same, otherwise ALREADY_EXISTS.
+    roots. Empty: the catalogue entry of the same id, or the folder of that name. For a known model it must be empty or the same,
+    otherwise ALREADY_EXISTS.
     """
     revision: _builtins.str
     """Revision to fetch: a branch, tag or commit. Empty: the default branch. Only for hub ids."""
