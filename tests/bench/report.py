@@ -75,14 +75,18 @@ def versions() -> dict[str, str]:
 
 
 def emit(line: dict[str, Any], *, save: bool) -> None:
-    """Prints the line; with ``save`` it is also kept in results/<bench>-<date>-<machine class>.jsonl."""
-    text = json.dumps(line)
-    print(text, flush=True)
+    """Prints the line; with ``save`` it is also kept."""
+    print(json.dumps(line), flush=True)
     if save:
-        name = f"{line['bench']}-{datetime.date.today().isoformat()}-{machine_class(line['device'])}.jsonl"
-        RESULTS_FOLDER.mkdir(exist_ok=True)
-        with (RESULTS_FOLDER / name).open("a") as results:
-            results.write(text + "\n")
+        keep(line)
+
+
+def keep(line: dict[str, Any]) -> None:
+    """Adds the line to results/<bench>-<date>-<machine class>.jsonl."""
+    name = f"{line['bench']}-{datetime.date.today().isoformat()}-{machine_class(line['device'])}.jsonl"
+    RESULTS_FOLDER.mkdir(exist_ok=True)
+    with (RESULTS_FOLDER / name).open("a") as results:
+        results.write(json.dumps(line) + "\n")
 
 
 def machine_class(device: str) -> str:

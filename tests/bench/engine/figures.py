@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def check_counts(requests: Sequence[Request], answers: Sequence[Answer]) -> None
     got = [len(answer.token_ids) for answer in answers]
     if asked != got:
         wrong = next((i for i, (a, g) in enumerate(zip(asked, got, strict=False)) if a != g), min(len(asked), len(got)))
-        raise WrongAnswers(f"request {wrong}: {got[wrong : wrong + 1]} tokens came, {asked[wrong : wrong + 1]} were asked for")
+        raise WrongAnswers(
+            f"request {wrong}: {got[wrong : wrong + 1]} tokens came, {asked[wrong : wrong + 1]} were asked for"
+        )
 
 
 def _latencies(requests: Sequence[Request], answers: Sequence[Answer]) -> dict[str, float]:
@@ -80,7 +83,7 @@ def _spread(prefix: str, requests: Sequence[Request], answers: Sequence[Answer])
 
 def gaps(times_s: Sequence[float]) -> list[float]:
     """Time from each token to the next."""
-    return [later - earlier for earlier, later in zip(times_s, times_s[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(times_s)]
 
 
 def percentile(values: Iterable[float], rank: float) -> float:

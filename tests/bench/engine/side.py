@@ -1,7 +1,7 @@
 """The bench's hold on a side: starts its program, tells it to run, lets it stand still meanwhile, ends it.
 
 A side that is not asked anything is stopped with its whole process tree (SIGSTOP): engines poll, and OpenMP threads
-spin. Slipstream's own service is left running, because it does neither; what it took while idle is reported.
+spin. Slipstream's own service is left running, because it does neither.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ class SideFailed(Exception):
 class SideKind:
     """A side's program. ``peer``: the environment it needs, None for our own. ``static``: knows no arrivals.
 
-    ``stands_still``: stopped while others run.
+    ``stands_still``: stopped while others run. ``is_slow``: takes part in fewer rounds.
     """
 
     module: str
     peer: str | None = None
     static: bool = False
     stands_still: bool = True
+    is_slow: bool = False
     is_ours: bool = False
 
 
@@ -47,8 +48,8 @@ KINDS = {
     "grpc": SideKind(module="slipstream_grpc", stands_still=False, is_ours=True),
     "engine": SideKind(module="slipstream_engine", is_ours=True),
     "vllm": SideKind(module="vllm_cpu", peer="vllm"),
-    "generate": SideKind(module="generate", static=True),
-    "transformers_cb": SideKind(module="transformers_cb"),
+    "generate": SideKind(module="generate", static=True, is_slow=True),
+    "transformers_cb": SideKind(module="transformers_cb", is_slow=True),
 }
 
 
@@ -91,10 +92,6 @@ class RunningSide:
         finally:
             self._stop()
         return [answer_from(values) for values in reply["answers"]], reply["streams"]
-
-    def cpu_s(self) -> float:
-        """Processor time that the side's processes have taken so far."""
-        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def close(self) -> None:
         """Ask it to end; after a while, end it with whatever it started."""

@@ -26,9 +26,8 @@ SENTENCES = (
     "In the morning they carried the {0} to the market and sold it for a {1}.",
 )
 NOUNS = (
-    "river stone lamp paper engine garden number window mirror market train violin winter harbour ladder clock bridge "
-    "orchard blanket kettle tower compass meadow pencil lantern"
-).split()
+    "river stone lamp paper engine garden number window mirror market train violin winter harbour ladder clock bridge"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +49,8 @@ class Workload:
 
 def corpus_text(num_sentences: int = 600) -> str:
     """Plain sentences to cut prompts from."""
-    chance = random.Random(SEED)
-    return " ".join(chance.choice(SENTENCES).format(*chance.sample(NOUNS, 3)) for _ in range(num_sentences))
+    chance, nouns = random.Random(SEED), NOUNS.split()
+    return " ".join(chance.choice(SENTENCES).format(*chance.sample(nouns, 3)) for _ in range(num_sentences))
 
 
 def closed(corpus: Sequence[int], num_requests: int = 48, offset: int = 0) -> Workload:

@@ -27,8 +27,8 @@ os.environ.update(
 # In this process: a process more would only take time from the two cores.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
-from tests.bench.engine.requests import Answer, Request
-from tests.bench.engine.sides.loop import run_in_steps, serve
+from tests.bench.engine.requests import Answer, Request  # noqa: E402 (vLLM reads its variables when it is imported)
+from tests.bench.engine.sides.loop import run_in_steps, serve  # noqa: E402
 
 
 class VllmSide:
@@ -38,7 +38,7 @@ class VllmSide:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         import torch
-        import vllm
+        import vllm  # type: ignore[import-not-found]  # lives in an environment of its own
 
         self._vllm = vllm
         self._facts = {"vllm": vllm.__version__, "torch": torch.__version__}
@@ -78,7 +78,7 @@ class VllmSide:
         return answers
 
     def _sampling(self, max_tokens: int) -> Any:
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
         return self._vllm.SamplingParams(
             temperature=0.0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
