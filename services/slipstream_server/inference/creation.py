@@ -27,6 +27,7 @@ from slipstream_server.errors import (
     InvalidField,
     OutOfMemory,
     QueueFull,
+    ResourceExists,
     SlipstreamError,
     UnsupportedField,
 )
@@ -47,6 +48,7 @@ _log = logging.getLogger(__name__)
 _EXAMINE_TIMEOUT_S = 120.0
 _CREATE_TIMEOUT_S = 4 * 3600.0
 _MAX_WAITING = 64
+_MAX_CHECKS = 2
 _MAX_SEED = 2**63 - 1
 # What Python and torch take, and what saving takes beside the weights.
 _PROCESS_BYTES = 500 * 1024**2
@@ -102,27 +104,24 @@ class ModelCreation:
         self._report = report
         self._waiting: asyncio.Queue[CreationPlan] = asyncio.Queue(_MAX_WAITING)
         self._pending: set[str] = set()
+        self._beginning = asyncio.Lock()
+        self._checks = asyncio.Semaphore(_MAX_CHECKS)
 
     async def plan(self, request: CreationRequest) -> CreationPlan:
         """Check a request against its architecture, its tokenizer and this machine. Nothing is changed.
 
-        Raises InvalidField, UnsafeWeights, ModelNotFound, OutOfMemory, StorageFull, DependencyUnavailable.
+        Raises InvalidField, UnsafeWeights, ResourceExists, ModelNotFound, OutOfMemory, StorageFull,
+        DependencyUnavailable.
         """
         _check_request(request)
+        if request.model in self._library.records:
+            raise ResourceExists(f"model_id: a model {request.model!r} exists; choose another id")
         base_model, config, source_folder = await self._base(request)
-        examined = await run_tool(
-            "examine",
-            {
-                "config": config,
-                "overrides": dict(request.overrides),
-                "is_whole": request.config is not None,
-                "auto_class": request.auto_class,
-            },
-            timeout_s=_EXAMINE_TIMEOUT_S,
-        )
-        whole: dict[str, Any] = examined["config"]
-        tokenizer = await self._tokenizer(request, whole, source_folder)
-        counted = await count_parameters_anywhere(whole)
+        async with self._checks:
+            examined = await _examined(request, config)
+            whole: dict[str, Any] = examined["config"]
+            tokenizer = await self._tokenizer(request, whole, source_folder)
+            counted = await count_parameters_anywhere(whole)
         if counted.total > MAX_PARAMETERS:
             raise InvalidField.of("config_overrides", f"{counted.total} parameters are more than {MAX_PARAMETERS}")
         plan = CreationPlan(
@@ -142,26 +141,27 @@ class ModelCreation:
 
     async def begin(self, plan: CreationPlan, key: RequestKey | None = None) -> StoredModel:
         """Register the model and make it in the background. Raises ResourceExists, RequestIdReused, QueueFull."""
-        if self._waiting.full():
-            raise QueueFull(f"{_MAX_WAITING} models wait to be made already", retry_after_s=30.0)
         name = plan.request.model
-        record = await self._library.add(
-            NewModel(
-                id=name,
-                source=f"made from {plan.base_model or plan.config['model_type']}",
-                locator=str(self._root / name),
-                by_operator=True,
-                creating=True,
-                owns_folder=True,
-                base_model=plan.base_model,
-                owner=plan.request.owner,
-            ),
-            key=key,
-        )
-        self._pending.add(name)
-        self._waiting.put_nowait(plan)
+        async with self._beginning:  # so that there is still a place once the model is registered
+            if self._waiting.full():
+                raise QueueFull(f"{_MAX_WAITING} models wait to be made already", retry_after_s=30.0)
+            record = await self._library.add(self._new_model(plan), key=key)
+            self._pending.add(name)
+            self._waiting.put_nowait(plan)
         self._report(name, "waiting", 0.0)
         return record
+
+    def _new_model(self, plan: CreationPlan) -> NewModel:
+        return NewModel(
+            id=plan.request.model,
+            source=f"made from {plan.base_model or plan.config['model_type']}",
+            locator=str(self._root / plan.request.model),
+            by_operator=True,
+            creating=True,
+            owns_folder=True,
+            base_model=plan.base_model,
+            owner=plan.request.owner,
+        )
 
     async def run(self) -> None:
         """Make what waits, until cancelled; what an earlier process did not finish is failed first."""
@@ -195,10 +195,14 @@ class ModelCreation:
             self._pending.discard(name)
 
     async def _failed(self, name: str, error: SlipstreamError) -> None:
+        """Keep why. Making goes on where the database cannot be written: the next start fails the model anew."""
         _log.warning("model %s could not be made: %s", name, error.message)
-        await self._library.change(
-            name, counts=False, creating=False, error_reason=error.reason, error_message=error.message
-        )
+        try:
+            await self._library.change(
+                name, counts=False, creating=False, error_reason=error.reason, error_message=error.message
+            )
+        except SlipstreamError as failure:
+            _log.warning("model %s: what became of it could not be stored: %s", name, failure.message)
 
     async def _made(self, plan: CreationPlan) -> Path:
         """The folder, complete and in its place."""
@@ -263,6 +267,17 @@ class ModelCreation:
                 metadata={"needed_bytes": str(needed), "left_bytes": str(available)},
             )
         require_free_bytes(self._root, plan.weight_bytes)
+
+
+async def _examined(request: CreationRequest, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the overrides laid over it, as its class has it, and the class to build."""
+    asked = {
+        "config": config,
+        "overrides": request.overrides,
+        "is_whole": request.config is not None,
+        "auto_class": request.auto_class,
+    }
+    return await run_tool("examine", asked, timeout_s=_EXAMINE_TIMEOUT_S)
 
 
 def _check_request(request: CreationRequest) -> None:

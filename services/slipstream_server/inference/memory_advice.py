@@ -29,6 +29,7 @@ from slipstream_server.models.sources import PreparedModel
 LeftBytes = Callable[[str], int | None]
 """What is left of a device for another model; None where nobody knows."""
 
+_MAX_COUNTS = 2
 _NOWHERE = Path("not-fetched")
 _HELD_OTHERWISE = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "nf4"))
 
@@ -75,6 +76,7 @@ class MemoryAdviser:
         self._defaults = replace(defaults, batching=batching)
         self._capacity = capacity
         self._left_bytes = left_bytes
+        self._counts = asyncio.Semaphore(_MAX_COUNTS)
 
     async def advise(self, found: FoundConfiguration, choice: LoadChoice) -> MemoryAdvice:
         """The estimate and its alternatives. Raises InvalidField, UnsupportedField or ModelLoadFailed."""
@@ -93,7 +95,9 @@ class MemoryAdviser:
         facts = facts_of_config(config)
         if facts.is_quantized:
             raise InvalidField.of("source", "is quantized in advance; its memory is known only once it is fetched")
-        return replace(facts, num_parameters=(await count_parameters_anywhere(config)).total)
+        async with self._counts:
+            counted = await count_parameters_anywhere(config)
+        return replace(facts, num_parameters=counted.total)
 
     def estimate(self, name: str, facts: ModelFacts, choice: LoadChoice) -> MemoryAdvice:
         """The estimate for one way to hold the model."""

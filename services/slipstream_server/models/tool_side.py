@@ -15,6 +15,7 @@ from typing import Any
 
 from slipstream_server.errors import ModelLoadFailed, OutOfMemory, SlipstreamError, StorageFull
 
+_NICENESS = 10
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -24,7 +25,8 @@ def tell(stage: str, done: int = 0, total: int | None = None, unit: str = "") ->
 
 
 def answer(work: Callable[[dict[str, Any]], Mapping[str, Any]]) -> int:
-    """Do ``work`` with the request; the exit status."""
+    """Do ``work`` with the request, while nobody else wants the processor; the exit status."""
+    os.nice(_NICENESS)
     request = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 from google.protobuf import struct_pb2
+from google.protobuf.message import Message
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream.type.v1 import artifact_pb2, precision_pb2, progress_pb2
@@ -54,7 +55,7 @@ class ModelMaking:
 
     async def CreateModel(self, request: pb2.CreateModelRequest, context: Context) -> pb2.Model:
         name = check_id(request.model_id, "model_id")
-        key = _request_key("CreateModel", request)
+        key = request_key("CreateModel", request.request_id, request)
         if key is not None and not request.validate_only:
             known = await self._making.library.answered(key)
             if known is not None:
@@ -219,13 +220,12 @@ def progress_message(progress: ToolProgress) -> progress_pb2.Progress:
     )
 
 
-def _request_key(method: str, request: pb2.CreateModelRequest) -> RequestKey | None:
-    if not request.request_id:
+def request_key(method: str, request_id: str, request: Message) -> RequestKey | None:
+    """Which request this is to its caller; None where the client asked for no idempotency."""
+    if not request_id:
         return None
-    asked = pb2.CreateModelRequest()
-    asked.CopyFrom(request)
-    data = asked.SerializeToString(deterministic=True)
-    return RequestKey.of(owner=caller(), method=method, request_id=request.request_id, request=data)
+    serialized = request.SerializeToString(deterministic=True)
+    return RequestKey.of(owner=caller(), method=method, request_id=request_id, request=serialized)
 
 
 def _planned(plan: CreationPlan) -> pb2.Model:

@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
-from google.protobuf.message import Message
 
 from slipstream.inference.v1 import model_service_pb2
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
@@ -24,11 +23,10 @@ from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference.convert import model_id
 from slipstream_server.rpc.inference.model_advice import ModelAdvice
 from slipstream_server.rpc.inference.model_convert import grace_s, load_wish, model_message, required_model_id
-from slipstream_server.rpc.inference.model_making import ModelMaking
+from slipstream_server.rpc.inference.model_making import ModelMaking, request_key
 from slipstream_server.rpc.inference.model_rooms import ModelRooms
 from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.pages import PageRequest, encode_token
-from slipstream_server.storage.request_records import RequestKey
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Model = model_service_pb2.Model
@@ -91,7 +89,7 @@ class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
 
     async def LoadModel(self, request: model_service_pb2.LoadModelRequest, context: Context) -> Model:
         wish = load_wish(request, caller())
-        key = None if request.validate_only else _request_key("LoadModel", request.request_id, request)
+        key = None if request.validate_only else request_key("LoadModel", request.request_id, request)
         view = await self._loads.load(wish, key=key, validate_only=request.validate_only)
         return model_message(view, self._replica_id)
 
@@ -144,11 +142,3 @@ def _without_progress(model: Model) -> Model:
 
 def _is_wanted(model: Model, request: model_service_pb2.ListModelsRequest) -> bool:
     return (not request.states or model.state in request.states) and (not request.task or request.task in model.tasks)
-
-
-def _request_key(method: str, request_id: str, request: Message) -> RequestKey | None:
-    """None where the client asked for no idempotency."""
-    if not request_id:
-        return None
-    serialized = request.SerializeToString(deterministic=True)
-    return RequestKey.of(owner=caller(), method=method, request_id=request_id, request=serialized)
