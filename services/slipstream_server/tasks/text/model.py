@@ -16,7 +16,7 @@ import tokenizers
 import torch
 
 from slipstream_server.tasks.runner import Piece
-from slipstream_server.tasks.text.tokens import TextEncoder
+from slipstream_server.tasks.text.tokens import TextEncoder, type_ids_of_windows
 
 _ENCODER_ALONE = frozenset({"t5", "mt5", "umt5", "longt5"})
 """Encoder-decoders whose plain form cannot run without a decoder's input: their encoder stands for them."""
@@ -33,6 +33,11 @@ class Row:
     @classmethod
     def of(cls, encoding: tokenizers.Encoding, *, keep: bool = False) -> Row:
         return cls(encoding.ids, encoding.type_ids, encoding if keep else None)
+
+    @classmethod
+    def of_windows(cls, windows: Sequence[tokenizers.Encoding]) -> list[Row]:
+        types = type_ids_of_windows(windows)
+        return [cls(window.ids, own, window) for window, own in zip(windows, types, strict=True)]
 
 
 def piece_of(encoding: tokenizers.Encoding, *, keep: bool = False) -> Piece:

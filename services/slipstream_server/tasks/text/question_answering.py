@@ -23,7 +23,7 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.runner import Piece
 from slipstream_server.tasks.text.inputs import expect
-from slipstream_server.tasks.text.model import Row, TextModel, off_device, piece_of
+from slipstream_server.tasks.text.model import Row, TextModel, off_device
 from slipstream_server.tasks.text.scores import FloatArray, softmax
 
 _USUAL_WINDOW_TOKENS = 384
@@ -73,7 +73,7 @@ class QuestionAnswering:
             stride_field="doc_stride",
             max_first_tokens=parameters.get("max_question_len"),
         )
-        return [piece_of(window, keep=True) for window in windows]
+        return [Piece(size=len(row.token_ids), payload=row) for row in Row.of_windows(windows)]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         rows: list[Row] = [piece.payload for piece in pieces]

@@ -6,12 +6,13 @@ Torch-free; reads a prepared folder.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slipstream_server.errors import UnsupportedField
-from slipstream_server.models.folder import is_plain_name, read_json, read_json_if_present
+from slipstream_server.errors import CorruptArtifact, UnsupportedField
+from slipstream_server.models.folder import is_plain_name, read_json_if_present
 
 _MODES = {
     "pooling_mode_cls_token": "cls",
@@ -19,6 +20,7 @@ _MODES = {
     "pooling_mode_max_tokens": "max",
     "pooling_mode_lasttoken": "last_token",
 }
+_MAX_MODULES_BYTES = 1024 * 1024
 _NAMES = {"lasttoken": "last_token"}
 
 
@@ -46,9 +48,7 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         "max_tokens": max_tokens if isinstance(max_tokens, int) and max_tokens > 0 else None,
         "lower_case": limits.get("do_lower_case") is True,
     }
-    path = folder / "modules.json"
-    modules = read_json(path) if path.is_file() else []
-    for module in modules if isinstance(modules, list) else []:
+    for module in _modules(folder / "modules.json"):
         kind = str(module.get("type", "")).rsplit(".", 1)[-1]
         if kind == "Pooling":
             settings.update(_pooling(folder, str(module.get("path", ""))))
@@ -57,6 +57,20 @@ def read_sentence_settings(folder: Path) -> SentenceSettings:
         elif kind != "Transformer":
             settings["unknown"] = f"a module of the kind {kind[:50]}"
     return SentenceSettings(**settings)
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        raw = file.read(_MAX_MODULES_BYTES + 1)
+    try:
+        modules = json.loads(raw) if len(raw) <= _MAX_MODULES_BYTES else None
+    except ValueError:
+        modules = None
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise CorruptArtifact(f"{path.name}: no JSON list of objects of at most {_MAX_MODULES_BYTES} bytes")
+    return modules
 
 
 def _pooling(folder: Path, name: str) -> dict[str, str]:

@@ -31,7 +31,10 @@ class TextEncoder:
         self._backend = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._backend.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
+        # Post-processing trims offsets each time it is done: texts are encoded by a copy that leaves it out.
+        self._splitter = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        self._splitter.post_processor = tokenizers.processors.Sequence([])
+        self._splitter.encode_special_tokens = bool(getattr(tokenizer, "split_special_tokens", False))
         self._direction = getattr(tokenizer, "truncation_side", "right")
         own = tokenizer.model_max_length
         limits = [n for n in (own if own < _NO_LIMIT else None, context_tokens) if n]
@@ -44,13 +47,13 @@ class TextEncoder:
 
         Raises PromptTooLong, naming ``field``, where they are too long and ``cut`` does not allow to shorten them.
         """
-        first = self._backend.encode(text, add_special_tokens=False)
-        second = None if pair is None else self._backend.encode(pair, add_special_tokens=False)
+        first = self._splitter.encode(text, add_special_tokens=False)
+        second = None if pair is None else self._splitter.encode(pair, add_special_tokens=False)
         return self._shortened(first, second, cut, field, max_tokens or self.max_tokens)
 
     def encode_words(self, words: Sequence[str], *, cut: Cut, field: str) -> tokenizers.Encoding:
         """The tokens of words; offsets count within each word."""
-        first = self._backend.encode(list(words), is_pretokenized=True, add_special_tokens=False)
+        first = self._splitter.encode(list(words), is_pretokenized=True, add_special_tokens=False)
         return self._shortened(first, None, cut, field, self.max_tokens)
 
     def windows(
@@ -71,8 +74,8 @@ class TextEncoder:
         stays leaves no room.
         """
         words = None if isinstance(text, str) else list(text)
-        first = self._backend.encode(words or text, is_pretokenized=words is not None, add_special_tokens=False)
-        second = None if pair is None else self._backend.encode(pair, add_special_tokens=False)
+        first = self._splitter.encode(words or text, is_pretokenized=words is not None, add_special_tokens=False)
+        second = None if pair is None else self._splitter.encode(pair, add_special_tokens=False)
         if second is not None and max_first_tokens is not None:
             (first if cut_second else second).truncate(max_first_tokens)
         moving, staying = (second, first) if cut_second and second is not None else (first, second)
@@ -118,6 +121,18 @@ class TextEncoder:
             if second is not None and kept_second < num_second:
                 second.truncate(kept_second, direction=self._direction)
         return self._backend.post_process(first, second)
+
+
+def type_ids_of_windows(windows: Sequence[tokenizers.Encoding]) -> list[list[int]]:
+    """The type ids of each window: those that its text has in the first one. The library sets them anew only there."""
+    by_sequence = dict(zip(windows[0].sequence_ids, windows[0].type_ids, strict=True))
+    return [
+        [
+            own if sequence is None else by_sequence.get(sequence, own)
+            for sequence, own in zip(window.sequence_ids, window.type_ids, strict=True)
+        ]
+        for window in windows
+    ]
 
 
 def _kept_of_both(num_first: int, num_second: int, room: int) -> tuple[int, int]:
