@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.slipstream-setup
 # The range that the worker extra allows. Installed first: an open range takes other builds of several GB.
 TORCH ?= torch>=2.11,<2.14
-EXTRAS ?= server,worker,train,k8s,postgres,s3,otel,dev
+EXTRAS ?= server,worker,media,train,k8s,postgres,s3,otel,dev
 PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4 : n )))
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -27,7 +27,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY protos/slipstream protos/slipstream
 COPY clients/python clients/python
 COPY services services
-ARG EXTRAS=worker
+ARG EXTRAS=worker,media
 RUN --mount=type=cache,target=/root/.cache/pip \
     /opt/slipstream/bin/pip install --disable-pip-version-check ".[${EXTRAS}]"
 

@@ -44,14 +44,16 @@ for name, task in cases.items():
     model = getattr(hf, classes[name]).from_pretrained(where).eval()
     parts = {"image_processor": hf.AutoImageProcessor.from_pretrained(where, use_fast=False)}
     if task != "image-to-image":
-        parts["tokenizer"] = hf.PreTrainedTokenizerFast.from_pretrained(where, model_input_names=["input_ids", "attention_mask"])
+        names = ["input_ids", "attention_mask"]
+        parts["tokenizer"] = hf.PreTrainedTokenizerFast.from_pretrained(where, model_input_names=names)
     pipe = hf.pipeline(task, model=model, device="cpu", **parts)
     if task == "visual-question-answering":
         answers[name] = [[pipe(image=p, question=q, top_k=3) for q in questions] for p in pictures]
     elif task == "image-to-text":
         answers[name] = [pipe(p, max_new_tokens=8)[0]["generated_text"] for p in pictures]
         if name == "blip_captions":
-            answers[name + " a photo"] = [pipe(p, prompt="a photo", max_new_tokens=8)[0]["generated_text"] for p in pictures]
+            words = {"prompt": "a photo", "max_new_tokens": 8}
+            answers[name + " a photo"] = [pipe(p, **words)[0]["generated_text"] for p in pictures]
     else:
         made = [np.asarray(pipe(p)) for p in pictures]
         answers[name] = [{"shape": m.shape, "pixels": base64.b64encode(m.tobytes()).decode()} for m in made]

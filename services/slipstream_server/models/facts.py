@@ -223,6 +223,8 @@ class _Reader:
         """The first of ``keys`` that is set; a count of at least 0."""
         for key in keys:
             value = self.values.get(key)
+            if isinstance(value, list) and all(type(each) is int and 0 <= each <= _MAX_COUNT for each in value):
+                continue  # one for each stage, as vision models have it
             if value is not None:
                 if isinstance(value, float) and value.is_integer():
                     value = int(value)

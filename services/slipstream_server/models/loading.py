@@ -42,6 +42,8 @@ AUTO_CLASSES: Mapping[str, str] = {
     **{task: head.auto_class for head in HEADS for task in head.tasks},
     "zero-shot-classification": "AutoModelForSequenceClassification",
     "image-feature-extraction": "AutoModel",
+    # Any model that chats decides; those made for it have a class of their own.
+    "decision": "AutoModelForCausalLM",
 }
 # Ending of the checkpoint's own architecture -> task, for loads that name none.
 _TASK_BY_ENDING = {

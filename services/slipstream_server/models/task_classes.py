@@ -89,6 +89,13 @@ HEADS: tuple[Head, ...] = (
         kind="multimodal",
     ),
     Head(
+        auto_class="AutoModelForMultimodalLM",
+        endings=("ForConditionalGeneration",),
+        model_types=frozenset({"gemma3n", "qwen2_audio", "qwen2_5_omni"}),
+        tasks=("any-to-any",),
+        kind="multimodal",
+    ),
+    Head(
         auto_class="AutoModelForZeroShotImageClassification",
         endings=("Model",),
         model_types=_PICTURE_COMPARERS,
@@ -173,11 +180,18 @@ HEADS: tuple[Head, ...] = (
         kind="vision",
     ),
     Head(
-        auto_class="AutoModelForImageSegmentation",
-        endings=("ForSemanticSegmentation", "ForUniversalSegmentation", "ForInstanceSegmentation", "ForSegmentation"),
+        auto_class="AutoModelForUniversalSegmentation",
+        endings=("ForUniversalSegmentation", "ForInstanceSegmentation", "ForSegmentation"),
         tasks=("image-segmentation",),
         kind="vision",
     ),
+    Head(
+        auto_class="AutoModelForSemanticSegmentation",
+        endings=("ForSemanticSegmentation",),
+        tasks=("image-segmentation",),
+        kind="vision",
+    ),
+    Head(auto_class="AutoModelForDecision", endings=("ForDecision",), tasks=("decision",)),
     Head(
         auto_class="AutoModelForDepthEstimation",
         endings=("ForDepthEstimation",),

@@ -356,7 +356,7 @@ AUTOMATIC_SPEECH_RECOGNITION = _task(
         _float("stride_length_s", "Seconds of overlap on each side of a chunk. Default: a sixth.", 0.0, 29.0),
         Parameter(
             name="language",
-            description="The language that is spoken, as a code or its English name (multilingual Whisper). Default: heard.",
+            description="Language spoken, as a code or its English name (multilingual Whisper). Default: heard.",
             type=ParameterType.STRING,
         ),
         _choice("task", "Whether to translate into English (multilingual Whisper).", ("transcribe", "translate")),

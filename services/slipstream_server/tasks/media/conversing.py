@@ -1,7 +1,7 @@
 """image-text-to-text and any-to-any: pictures, sounds and words in, words out.
 
-Models whose processor has a chat template read the parts as one message of a conversation; the others take one picture and
-words to go on from (captions).
+Models whose processor has a chat template read the parts as one message of a conversation; the others take one picture
+and words to go on from (captions).
 """
 
 from __future__ import annotations

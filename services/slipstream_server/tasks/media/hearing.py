@@ -61,8 +61,8 @@ def _read_speech(pipeline: Any, item: AudioInput, parameters: Parameters) -> Any
     if is_long and not parameters.get("chunk_length_s") and _timestamps(parameters) is None:
         raise InvalidField.of(
             "audio.data",
-            f"longer than the {pipeline.feature_extractor.n_samples / _rate_hz(pipeline):.0f} s that this model hears at "
-            'once: set chunk_length_s, or return_timestamps to "segment"',
+            f"longer than the {pipeline.feature_extractor.n_samples / _rate_hz(pipeline):.0f} s that this model hears "
+            'at once: set chunk_length_s, or return_timestamps to "segment"',
         )
     return samples_T
 

@@ -1,7 +1,7 @@
 """Pictures from callers' bytes and back to PNG. Everything is bounded before anything is decoded.
 
-Only five formats are tried, by their first bytes; sizes are read from the header and refused there, so that a small file
-that unpacks into a large picture never does. Knows nothing about models. Runs on a helper thread.
+Only five formats are tried, by their first bytes; sizes are read from the header and refused there, so that a small
+file that unpacks into a large picture never does. Knows nothing about models. Runs on a helper thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def decode_image(data: bytes, field: str, *, max_pixels: int = MAX_IMAGE_PIXELS)
 
     Raises InvalidField with ``field`` for bytes that are no such picture, are cut off, or unpack into too much.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not 0 < len(data) <= MAX_IMAGE_BYTES:
         raise InvalidField.of(field, f"{len(data)} bytes; 1 to {MAX_IMAGE_BYTES} are allowed")
@@ -40,7 +40,7 @@ def decode_image(data: bytes, field: str, *, max_pixels: int = MAX_IMAGE_PIXELS)
         raise
     except Image.DecompressionBombError:
         raise InvalidField.of(field, f"more than {max_pixels} pixels, the most that is allowed") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InvalidField.of(field, "is no PNG, JPEG, WebP, BMP or GIF picture") from None
     # Pillow's decoders raise these and a few more of their own for files that are damaged or cut off.
     except (OSError, ValueError, SyntaxError, EOFError, KeyError, IndexError, TypeError, OverflowError) as error:

@@ -12,7 +12,7 @@ a batch changes nothing but rounding.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -178,7 +178,7 @@ def full_precision(outputs: Any) -> Any:
     """Half-precision results as float32, which NumPy has and bfloat16 is not."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs
-    if isinstance(outputs, Mapping):
+    if isinstance(outputs, MutableMapping):
         for key in list(outputs):
             outputs[key] = full_precision(outputs[key])
     return outputs

@@ -1,7 +1,7 @@
 """What turns raw input into a model's tensors: tokenizer, image processor and the like, read from the model's folder.
 
-Each of Transformers' pipelines says which it needs (True), takes if there (None) or never uses (False). Only the prepared
-folder is read: no network, no code of the model's own.
+Each of Transformers' pipelines says which it needs (True), takes if there (None) or never uses (False). Only the
+prepared folder is read: no network, no code of the model's own.
 """
 
 from __future__ import annotations

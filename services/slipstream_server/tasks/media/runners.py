@@ -1,4 +1,4 @@
-"""From a task and a loaded model to the runner that does it. Lives in the worker; what it imports is loaded on demand."""
+"""From a task and a loaded model to the runner that does it. Lives in workers; imports what a task needs, no more."""
 
 from __future__ import annotations
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from unit.tasks.media import tiny_media as tiny
 import torch
 import transformers as hf
 from PIL import Image
 
+from slipstream_server.errors import InvalidField, MissingDependency, ModelLoadFailed, PromptTooLong, UnsupportedField
 from slipstream_server.tasks import items
-from slipstream_server.tasks.media.runners import media_auto_class, media_runner
+from slipstream_server.tasks.media.runners import media_auto_class, media_runner, missing_packages
+from slipstream_server.tasks.media_specs import MASK_GENERATION
+from unit.tasks.media import tiny_media as tiny
 
 PICTURES = [(1, 40, 32), (2, 40, 32), (3, 36, 44)]
 LABELS = ("cat", "dog", "red photo")
@@ -151,9 +153,7 @@ def test_zero_shot_object_detection(made: Any) -> None:
     pipe = plain("zero-shot-object-detection", model, folder, "image_processor", "tokenizer")
     assert all(result.objects for result in results)
     for size, result in zip(PICTURES, results, strict=True):
-        assert_objects(
-            result, pipe(tiny.picture(*size), candidate_labels=list(LABELS), threshold=0.001, top_k=5)
-        )
+        assert_objects(result, pipe(tiny.picture(*size), candidate_labels=list(LABELS), threshold=0.001, top_k=5))
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_keypoint_matching(made: Any) -> None:
 
 
 def words() -> tuple[items.PageWord, ...]:
-    names = "total invoice number 42 on this page what color red blue 7".split()
+    names = ["total", "invoice", "number", "42", "on", "this", "page", "what", "color", "red", "blue", "7"]
     return tuple(
         items.PageWord(text=name, box=items.Box(10.0 * i, 20.0, 10.0 * i + 8, 30.0)) for i, name in enumerate(names)
     )
@@ -240,9 +240,10 @@ def test_document_question_answering(made: Any, parameters: dict[str, Any]) -> N
         ]
 
 
-def test_image_text_to_text_with_a_chat_template(made: Any) -> None:
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+def test_image_text_to_text_with_a_chat_template(made: Any, task: str) -> None:
     model, folder = made(tiny.llava)
-    runner = media_runner("image-text-to-text", model, folder, torch.device("cpu"))
+    runner = media_runner(task, model, folder, torch.device("cpu"))
     parts = (items.ImageInput(data=tiny.png(1)), items.TextInput(text="what color is this cat"))
     [result], _ = batched(runner, [items.MultimodalInput(parts=parts)], {"max_new_tokens": 6, "return_token_ids": True})
     pipe = plain("image-text-to-text", model, folder, "processor")
@@ -251,6 +252,64 @@ def test_image_text_to_text_with_a_chat_template(made: Any) -> None:
     assert result.texts[0].text.strip() == expected["generated_text"].strip()
     assert result.texts[0].text
     assert result.texts[0].finish_reason == ("eos_token" if 3 in result.texts[0].token_ids else "length")
+
+
+def test_what_a_conversation_cannot_hold(made: Any) -> None:
+    model, folder = made(tiny.llava)
+    runner = media_runner("any-to-any", model, folder, torch.device("cpu"))
+    sound = items.MultimodalInput(parts=(items.AudioInput(data=tiny.wav(tiny.tone(1))),))
+    with pytest.raises(UnsupportedField, match=r"multimodal.parts\[0\].audio"):
+        runner.prepare(sound, {})
+    with pytest.raises(InvalidField):
+        runner.prepare(items.MultimodalInput(parts=()), {})
+    with pytest.raises(PromptTooLong):
+        runner.prepare(items.MultimodalInput(parts=(items.TextInput(text="cat " * 200),)), {})
+
+
+@pytest.mark.parametrize(
+    ("maker", "parameters", "field"),
+    [
+        (tiny.wav2vec2_ctc, {"return_timestamps": "segment"}, "return_timestamps"),
+        (tiny.wav2vec2_ctc, {"language": "de"}, "language"),
+        (tiny.wav2vec2_ctc, {"return_language": True}, "return_language"),
+        (tiny.whisper, {"return_timestamps": "char"}, "return_timestamps"),
+        (tiny.whisper, {"chunk_length_s": 4.0, "stride_length_s": 2.0}, "stride_length_s"),
+    ],
+)
+def test_speech_parameters_a_model_cannot_honour(
+    made: Any, maker: tiny.Maker, parameters: dict[str, Any], field: str
+) -> None:
+    model, folder = made(maker)
+    runner = media_runner("automatic-speech-recognition", model, folder, torch.device("cpu"))
+    with pytest.raises(InvalidField) as caught:
+        runner.prepare(items.AudioInput(data=tiny.wav(tiny.tone(1))), parameters)
+    assert caught.value.violations[0].field == f"parameters.{field}"
+
+
+def test_documents_that_cannot_be_read(made: Any) -> None:
+    model, folder = made(tiny.layoutlm)
+    runner = media_runner("document-question-answering", model, folder, torch.device("cpu"))
+    with pytest.raises(MissingDependency, match="OCR"):
+        runner.prepare(items.DocumentQuestionInput(question="what is this", image=tiny.png(1)), {})
+    with pytest.raises(InvalidField, match="doc_stride"):
+        long_question = items.DocumentQuestionInput(question="what " * 58, words=words())
+        runner.prepare(long_question, {})
+    outside = (items.PageWord(text="total", box=items.Box(0, 0, 1001, 5)),)
+    with pytest.raises(InvalidField, match=r"words\[0\].box"):
+        runner.prepare(items.DocumentQuestionInput(question="what", words=outside), {})
+
+
+def test_what_is_not_offered(made: Any) -> None:
+    model, folder = made(tiny.vit)
+    if "torchvision" in missing_packages(MASK_GENERATION):
+        with pytest.raises(MissingDependency, match="torchvision"):
+            media_runner("mask-generation", model, folder, torch.device("cpu"))
+    with pytest.raises(InvalidField):
+        media_runner("text-classification", model, folder, torch.device("cpu"))
+    with pytest.raises(ModelLoadFailed):
+        media_auto_class("automatic-speech-recognition", model.config)
+    with pytest.raises(ModelLoadFailed):  # the folder has no tokenizer
+        media_runner("zero-shot-image-classification", made(tiny.yolos)[0], made(tiny.yolos)[1], torch.device("cpu"))
 
 
 def sounds(seconds: Sequence[float] = (0.5, 0.5, 0.4)) -> list[np.ndarray]:
@@ -374,7 +433,11 @@ def test_decision(made: Any) -> None:
             "state": "a photo of the cat",
             "questions": {
                 "is cat": {"type": "noul", "instructions": "is this a cat"},
-                "color": {"type": "choice", "instructions": "what color", "criteria": {"red": "the red cat", "blue": None}},
+                "color": {
+                    "type": "choice",
+                    "instructions": "what color",
+                    "criteria": {"red": "the red cat", "blue": None},
+                },
                 "number": {"type": "score", "instructions": "what number", "criteria": ["7", "42", "total"]},
             },
         }

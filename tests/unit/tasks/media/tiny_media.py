@@ -17,7 +17,9 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-WORDS = "a the cat dog photo sound of this is what color red blue total invoice number 42 7 on page bark meow answer yes no"
+WORDS = (
+    "a the cat dog photo sound of this is what color red blue total invoice number 42 7 on page bark meow answer yes no"
+)
 LABELS = {"id2label": {0: "cat", 1: "dog", 2: "bird"}, "label2id": {"cat": 0, "dog": 1, "bird": 2}}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -244,7 +246,9 @@ def vit_gpt2(folder: Path) -> Any:
 
 
 def layoutlm(folder: Path) -> Any:
-    config = hf.LayoutLMConfig(**SMALL, vocab_size=NUM_WORDS, max_position_embeddings=64, max_2d_position_embeddings=1024)
+    config = hf.LayoutLMConfig(
+        **SMALL, vocab_size=NUM_WORDS, max_position_embeddings=64, max_2d_position_embeddings=1024
+    )
     return _made(folder, hf.LayoutLMForQuestionAnswering, config, tokenizer())
 
 
@@ -253,8 +257,8 @@ def llava(folder: Path) -> Any:
     names.add_tokens(["<image>"], special_tokens=True)
     image_id = names.convert_tokens_to_ids("<image>")
     text = hf.LlamaConfig(
-        **SMALL, num_key_value_heads=2, vocab_size=len(names), max_position_embeddings=128, bos_token_id=2, eos_token_id=3,
-        pad_token_id=0,
+        **SMALL, num_key_value_heads=2, vocab_size=len(names), max_position_embeddings=128, bos_token_id=2,
+        eos_token_id=3, pad_token_id=0,
     )  # fmt: skip
     vision = hf.CLIPVisionConfig(**SMALL, image_size=32, patch_size=8)
     config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_id, vision_feature_layer=-1)
@@ -291,8 +295,6 @@ def wav2vec2_ctc(folder: Path) -> Any:
 
 
 def whisper(folder: Path) -> Any:
-    from tokenizers import decoders
-
     letters = sorted({chr(code) for code in range(97, 123)} | {"Ġ"})
     vocab = {letter: index for index, letter in enumerate(letters)}
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
@@ -301,7 +303,6 @@ def whisper(folder: Path) -> Any:
     names = hf.WhisperTokenizer(vocab=vocab, merges=[])
     names.add_special_tokens({"additional_special_tokens": special[1:]})
     names.add_tokens(stamps)
-    assert decoders
     ids = {name: names.convert_tokens_to_ids(name) for name in special}
     config = hf.WhisperConfig(
         vocab_size=len(names), num_mel_bins=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -309,13 +310,15 @@ def whisper(folder: Path) -> Any:
         decoder_start_token_id=ids["<|startoftranscript|>"], pad_token_id=ids["<|endoftext|>"],
         bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|endoftext|>"],
     )  # fmt: skip
-    model = _made(folder, hf.WhisperForConditionalGeneration, config, hf.WhisperFeatureExtractor(feature_size=16), names)
+    model = _made(
+        folder, hf.WhisperForConditionalGeneration, config, hf.WhisperFeatureExtractor(feature_size=16), names
+    )
     model.generation_config = hf.GenerationConfig(
         is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]},
         task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
         no_timestamps_token_id=ids["<|notimestamps|>"], decoder_start_token_id=config.decoder_start_token_id,
-        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, max_length=40, max_initial_timestamp_index=50,
-        prev_sot_token_id=ids["<|startofprev|>"], alignment_heads=[[0, 0]], num_beams=1,
+        eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, max_length=40,
+        max_initial_timestamp_index=50, prev_sot_token_id=ids["<|startofprev|>"], alignment_heads=[[0, 0]], num_beams=1,
         begin_suppress_tokens=None, suppress_tokens=None,
     )  # fmt: skip
     return model
@@ -323,15 +326,15 @@ def whisper(folder: Path) -> Any:
 
 def clap(folder: Path) -> Any:
     audio = {
-        "patch_size": 4, "spec_size": 64, "depths": [1, 1], "num_attention_heads": [2, 2], "patch_embeds_hidden_size": 8,
-        "hidden_size": 16, "num_mel_bins": 16, "window_size": 4, "enable_fusion": False, "projection_dim": 16,
+        "patch_size": 4, "spec_size": 64, "depths": [1, 1], "num_attention_heads": [2, 2],
+        "patch_embeds_hidden_size": 8, "hidden_size": 16, "num_mel_bins": 16, "window_size": 4, "enable_fusion": False, "projection_dim": 16,
         "patch_stride": [4, 4], "num_classes": 3, "intermediate_size": 16,
     }  # fmt: skip
     text = {**SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 64, "pad_token_id": 0, "projection_dim": 16}
     config = hf.ClapConfig(audio_config=audio, text_config=text, projection_dim=16)
     extractor = hf.ClapFeatureExtractor(
-        feature_size=16, sampling_rate=16000, hop_length=160, max_length_s=2, fft_window_size=512, truncation="rand_trunc",
-        padding="repeatpad", frequency_max=8000,
+        feature_size=16, sampling_rate=16000, hop_length=160, max_length_s=2, fft_window_size=512,
+        truncation="rand_trunc", padding="repeatpad", frequency_max=8000,
     )  # fmt: skip
     return _made(folder, hf.ClapModel, config, extractor, tokenizer())
 
@@ -349,7 +352,8 @@ def vits(folder: Path) -> Any:
         spectrogram_bins=9, prior_encoder_num_flows=2, upsample_initial_channel=16, upsample_rates=[4, 4],
         upsample_kernel_sizes=[8, 8], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1, 3]],
         duration_predictor_num_flows=2, depth_separable_num_layers=1, posterior_encoder_num_wavenet_layers=1,
-        prior_encoder_num_wavenet_layers=1, duration_predictor_filter_channels=16, use_stochastic_duration_prediction=False,
+        prior_encoder_num_wavenet_layers=1, duration_predictor_filter_channels=16,
+        use_stochastic_duration_prediction=False,
     )  # fmt: skip
     return _made(folder, hf.VitsModel, config, names)
 
