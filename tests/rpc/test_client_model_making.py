@@ -89,6 +89,7 @@ async def test_a_model_is_checked_before_it_is_made(client: SlipstreamClient) ->
         await client.models.create("never", config_source="base", config_overrides={"num_hiden_layers": 1})
 
 
+@pytest.mark.slow
 async def test_the_command_line_makes_exports_and_chooses(service: ModelService, tmp_path: Path) -> None:
     override = ("--set", "num_hidden_layers=1", "--set", "tie_word_embeddings=true")
     code, out, err = await run(service, "create", "cut", "--from", "base", *override, "--seed", "3", "--json")
