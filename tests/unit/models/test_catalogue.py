@@ -66,7 +66,7 @@ def test_every_entry_is_complete_and_can_be_a_models_name() -> None:
         assert entry.description, entry.name
         assert entry.license, entry.name
         assert entry.config, entry.name
-        assert any(isinstance(source, HubSource) for source in entry.sources)
+        assert entry.sources, entry.name
         assert all(re.fullmatch("[a-z]{2}", language) for language in entry.languages)
 
 

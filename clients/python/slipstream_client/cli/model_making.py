@@ -131,7 +131,9 @@ def estimate_model(
         rows = terminal.table("held as", "takes", "", right=("takes",))
         for other in estimate.alternatives:
             rows.add_row(
-                f"{other.data_type} {other.quantization}", terminal.in_bytes(other.total_bytes), _mark(other.fits)
+                _held_as({"data_type": other.data_type, "quantization": other.quantization}),
+                terminal.in_bytes(other.total_bytes),
+                _mark(other.fits),
             )
         terminal.out.print()
         terminal.plain_table(rows)
@@ -176,7 +178,8 @@ def _print_recommendation(place: int, found: ModelRecommendation) -> None:
     entry = found.entry
     if entry is None:
         return
-    held = " ".join(str(value) for key, value in (found.options or {}).items() if key in ("data_type", "quantization"))
+    quantization = (found.options or {}).get("quantization", "none")
+    held = "" if quantization == "none" else str(quantization)
     size = f"{terminal.in_short(entry.parameter_count)}, {terminal.in_bytes(found.total_bytes)}"
     terminal.out.print(f"{place}. [bold]{escape(entry.id)}[/] [dim]{size} {escape(held)}[/]")
     terminal.out.print(f"   {escape(entry.description)}")
@@ -193,7 +196,7 @@ def _facts(source: str, estimate: MemoryEstimate) -> list[tuple[str, str]]:
     return [
         ("model", f"[bold]{escape(source)}[/]"),
         ("parameters", terminal.in_short(estimate.parameter_count)),
-        ("held as", f"{held.get('data_type', '')} {held.get('quantization', '')} on {escape(estimate.device)}"),
+        ("held as", f"{_held_as(held)} on {escape(estimate.device)}"),
         ("weights", terminal.in_bytes(estimate.weights_bytes)),
         ("KV cache", kv if estimate.kv_cache_bytes_per_token else ""),
         ("adapters", terminal.in_bytes(estimate.adapter_bytes) if estimate.adapter_bytes else ""),
@@ -202,6 +205,11 @@ def _facts(source: str, estimate: MemoryEstimate) -> list[tuple[str, str]]:
         ("free", free if estimate.available_bytes else ""),
         ("to fetch", terminal.in_bytes(estimate.download_bytes) if estimate.download_bytes else ""),
     ]
+
+
+def _held_as(options: Mapping[str, Any]) -> str:
+    words = (options.get("data_type", ""), options.get("quantization", ""))
+    return " ".join(str(word) for word in words if word not in ("", "none"))
 
 
 def _mark(fits: bool) -> str:
