@@ -14,7 +14,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-NICENESS = 10
+# A third of the processor beside a thread of ordinary priority that wants all of it: enough to get done.
+NICENESS = 5
 
 
 def lower_thread() -> None:
