@@ -40,6 +40,7 @@ class Service:
     stub: Any
     front: InferenceFront
     log: Path
+    port: int
 
     def lines(self) -> list[str]:
         return [line.split(" ", 1)[1] for line in self.log.read_text().splitlines()]
@@ -68,7 +69,7 @@ async def service(tmp_path: Path, assert_eventually: Eventually) -> AsyncIterato
                 f"127.0.0.1:{server.port}", options=[("grpc.max_send_message_length", 64 << 20)]
             ) as channel,
         ):
-            yield Service(inference_grpc.InferenceServiceStub(channel), front, log)
+            yield Service(inference_grpc.InferenceServiceStub(channel), front, log, server.port)
     finally:
         await front.close()
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from google.protobuf import struct_pb2
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import ParseDict, ParseError
 from google.protobuf.message import Message
 
 from slipstream_client.errors import InvalidRequestError
@@ -45,9 +47,18 @@ def _inner(kind: type[Message], path: str, value: Any) -> Message:
         return value
     if kind is Duration:
         return _duration(path, value)
+    if kind in (struct_pb2.Struct, struct_pb2.Value):
+        return _plain_data(kind, path, value)
     if not isinstance(value, Mapping):
         raise InvalidRequestError.of(path, f"{value!r} is not a mapping")
     return message_of(kind, path, value)
+
+
+def _plain_data(kind: type[Message], path: str, value: Any) -> Message:
+    try:
+        return ParseDict(value, kind())
+    except (ParseError, ValueError, TypeError) as error:
+        raise InvalidRequestError.of(path, f"is no plain data: {error}") from error
 
 
 def _duration(path: str, value: Any) -> Duration:

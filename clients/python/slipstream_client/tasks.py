@@ -215,7 +215,7 @@ def plain_family(number: int) -> str:
 
 
 def _parameter(proto: tasks_pb2.TaskParameter) -> TaskParameter:
-    default = MessageToDict(proto.default_value) if proto.HasField("default_value") else None
+    default: Any = MessageToDict(proto.default_value) if proto.HasField("default_value") else None
     is_int = proto.type == tasks_pb2.TASK_PARAMETER_TYPE_INT
     if is_int and default is not None:
         default = int(default)

@@ -42,7 +42,7 @@ from slipstream_server.inference.supervisor import ModelState, ModelStatus, Rest
 from slipstream_server.inference.task_calls import TaskCall, check_model, check_task, choose_model, served_tasks
 from slipstream_server.inference.task_runs import TaskRun, WorkerRun, WriterRun
 from slipstream_server.models.tokenizer import TokenSpan
-from slipstream_server.tasks.generation_prompts import shape_of
+from slipstream_server.tasks.generation_prompts import check_languages, shape_of
 from slipstream_server.tasks.generation_settings import settings_of
 from slipstream_server.tasks.parameters import check_parameters
 from slipstream_server.tasks.registry import NamedTask
@@ -401,6 +401,7 @@ class InferenceFront:
     ) -> TaskRun:
         shape = shape_of(task, parameters, model.writing)
         text, context_tokens = model.text, model.limits.context_tokens
+        check_languages(shape, text.tokenizer)
         adapter = await self._adapter(model.plan.name, call.adapter)
         return WriterRun(
             task.spec,

@@ -58,6 +58,13 @@ def shape_of(task: NamedTask, parameters: Mapping[str, Any], model: WritingModel
     )
 
 
+def check_languages(shape: PromptShape, tokenizer: TextTokenizer) -> None:
+    """Raise InvalidField where the model does not know a language of the shape."""
+    if shape.languages is not LanguageStyle.NONE:
+        _language_id(tokenizer, shape, shape.source, "src_lang")
+        _language_id(tokenizer, shape, shape.target, "tgt_lang")
+
+
 def write_prompt(text: str, shape: PromptShape, tokenizer: TextTokenizer, context_tokens: int) -> WrittenPrompt:
     """The prompt of one input. Raises InvalidField or PromptTooLong."""
     if shape.languages is not LanguageStyle.NONE:  # version 4 puts no prefix before texts of these models

@@ -19,6 +19,7 @@ from slipstream_server.inference.generation import (
     Failed,
     Finished,
     Ready,
+    Shutdown,
     SubmitTask,
     TaskResults,
     decode_command,
@@ -79,6 +80,8 @@ class FakeTaskWorker:
                     self.answer(request)
                 case Cancel(request_id):
                     self.note(f"cancel {request_id}")
+                case Shutdown():
+                    return
             await self.writer.drain()
 
 

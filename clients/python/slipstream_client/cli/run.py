@@ -45,7 +45,7 @@ def run(
 ) -> None:
     """Run a task.
 
-    `slipstream run sentiment-analysis "What a day!"`, `slipstream run question-answering "Who?" --context "Ada wrote it."`
+    `slipstream run ner "Ada lives in Paris"`, `slipstream run question-answering "Who?" --context "Ada wrote it."`
     """
     parameters = dict(map(_parameter, param or []))
     view = TaskView(output)

@@ -103,4 +103,10 @@ def _allowed(parameter: TaskParameter) -> str:
     low, high = parameter.min_value, parameter.max_value
     if low is None and high is None:
         return ""
-    return f"{'' if low is None else f'{low:g}'}..{'' if high is None else f'{high:g}'}"
+    return f"{_number(low)}..{_number(high)}"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if value.is_integer() else str(value)
