@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import InvalidField, PromptTooLong
 from slipstream_server.tasks.items import (
     AudioInput,
     AudioResult,
@@ -141,10 +141,17 @@ SPEECH = Steps(read=_read_speech, arguments=_speech_arguments, company=_speech_c
 
 # text-to-audio
 
+MAX_SPOKEN_CHARACTERS = 4096
+"""Models that speak hold the whole sound, and attend to all of the text, at once."""
+
 
 def _read_text(pipeline: Any, item: TextInput, parameters: Parameters) -> Any:
     if not item.text.strip():
         raise InvalidField.of("text", "is empty")
+    if len(item.text) > MAX_SPOKEN_CHARACTERS:
+        raise PromptTooLong.of(
+            "text", f"{len(item.text)} characters; at most {MAX_SPOKEN_CHARACTERS} are spoken at once"
+        )
     return item.text
 
 

@@ -21,7 +21,7 @@ import torch
 from transformers.pipelines.base import ChunkPipeline
 from transformers.pipelines.pt_utils import PipelineIterator
 
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import InvalidField, PromptTooLong
 from slipstream_server.tasks.items import TaskInput, TaskResult
 from slipstream_server.tasks.runner import Piece
 
@@ -89,6 +89,8 @@ class PipelineRunner:
                 inputs = list(made) if isinstance(made, Iterator) else [made]
         except ValueError as error:
             raise InvalidField.of("inputs", f"the model's processor refuses it: {_first_line(error)}") from error
+        for each in inputs:
+            _check_texts(self._pipeline.model.config, each)
         company = self._steps.company(item, parameters)
         return [self._piece(_Payload(each, forward, parameters.get("seed")), company) for each in inputs]
 
@@ -119,6 +121,15 @@ class PipelineRunner:
         shapes = _shapes(payload.inputs)
         group = Alone() if isinstance(company, Alone) else (shapes, _frozen(payload.forward), company)
         return Piece(size=_size(shapes), payload=payload, group=group)
+
+
+def _check_texts(config: Any, inputs: Any) -> None:
+    """Pipelines do not cut texts; one that is longer than the model's positions would fail a whole batch."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    texts = [inputs, *(each for each in inputs.get("text_inputs") or () if hasattr(each, "get"))]
+    for ids in (text.get("input_ids") for text in texts):
+        if limit and isinstance(ids, torch.Tensor) and ids.shape[-1] > limit:
+            raise PromptTooLong.of("inputs", f"a text has {ids.shape[-1]} tokens; the model reads {limit}")
 
 
 @contextmanager

@@ -214,6 +214,23 @@ def test_keypoint_matching(made: Any) -> None:
                 assert 0 <= point[1] <= 64
 
 
+@pytest.mark.skipif("torchvision" in missing_packages(MASK_GENERATION), reason="needs torchvision")
+def test_mask_generation(made: Any) -> None:
+    model, folder = made(tiny.sam)
+    runner = media_runner("mask-generation", model, folder, torch.device("cpu"))
+    parameters = {"points_per_crop": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_batch": 5}
+    results, largest = batched(runner, pictures(), parameters)
+    assert largest == 1
+    pipe = plain("mask-generation", model, folder, "image_processor")
+    assert any(result.masks for result in results)
+    for size, result in zip(PICTURES, results, strict=True):
+        expected = pipe(tiny.picture(*size), **parameters)
+        scores = expected["scores"].tolist()
+        assert [each.score for each in result.masks] == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
+        for found, place in zip(result.masks, np.argsort([-each for each in scores], kind="stable"), strict=True):
+            assert ((pixels(found.mask) > 0) == np.asarray(expected["masks"][place])).mean() > 0.99
+
+
 def words() -> tuple[items.PageWord, ...]:
     names = ["total", "invoice", "number", "42", "on", "this", "page", "what", "color", "red", "blue", "7"]
     return tuple(
@@ -297,6 +314,19 @@ def test_documents_that_cannot_be_read(made: Any) -> None:
     outside = (items.PageWord(text="total", box=items.Box(0, 0, 1001, 5)),)
     with pytest.raises(InvalidField, match=r"words\[0\].box"):
         runner.prepare(items.DocumentQuestionInput(question="what", words=outside), {})
+
+
+def test_texts_that_are_too_long(made: Any) -> None:
+    cpu = torch.device("cpu")
+    compare = media_runner("zero-shot-image-classification", *made(tiny.clip), cpu)
+    with pytest.raises(PromptTooLong):
+        compare.prepare(items.ZeroShotImageInput(image=tiny.png(1), candidate_labels=("cat", "dog " * 70)), {})
+    detect = media_runner("zero-shot-object-detection", *made(tiny.owlvit), cpu)
+    with pytest.raises(PromptTooLong):
+        detect.prepare(items.ZeroShotImageInput(image=tiny.png(1), candidate_labels=("cat", "dog " * 20)), {})
+    speak = media_runner("text-to-audio", *made(tiny.vits), cpu)
+    with pytest.raises(PromptTooLong):
+        speak.prepare(items.TextInput(text="a" * 5000), {})
 
 
 def test_what_is_not_offered(made: Any) -> None:

@@ -327,7 +327,8 @@ def whisper(folder: Path) -> Any:
 def clap(folder: Path) -> Any:
     audio = {
         "patch_size": 4, "spec_size": 64, "depths": [1, 1], "num_attention_heads": [2, 2],
-        "patch_embeds_hidden_size": 8, "hidden_size": 16, "num_mel_bins": 16, "window_size": 4, "enable_fusion": False, "projection_dim": 16,
+        "patch_embeds_hidden_size": 8, "hidden_size": 16, "num_mel_bins": 16, "window_size": 4, "enable_fusion": False,
+        "projection_dim": 16,
         "patch_stride": [4, 4], "num_classes": 3, "intermediate_size": 16,
     }  # fmt: skip
     text = {**SMALL, "vocab_size": NUM_WORDS, "max_position_embeddings": 64, "pad_token_id": 0, "projection_dim": 16}
@@ -375,3 +376,21 @@ def llama(folder: Path) -> Any:
 
 
 Maker = Callable[[Path], Any]
+
+
+def sam(folder: Path) -> Any:
+    vision = hf.SamVisionConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_dim=24, image_size=32, patch_size=8,
+        output_channels=16, window_size=2, global_attn_indexes=[1], num_pos_feats=8,
+    )  # fmt: skip
+    prompts = hf.SamPromptEncoderConfig(hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4)
+    decoder = hf.SamMaskDecoderConfig(
+        hidden_size=16, mlp_dim=24, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
+    )
+    config = hf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    name = "SamImageProcessor" if hf.utils.is_torchvision_available() else "SamImageProcessorPil"
+    processor = getattr(hf, name)(
+        size={"longest_edge": 32}, mask_size={"longest_edge": 16}, pad_size={"height": 32, "width": 32},
+        mask_pad_size={"height": 16, "width": 16},
+    )  # fmt: skip
+    return _made(folder, hf.SamModel, config, processor)
