@@ -12,7 +12,12 @@ import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-WORDS = ["the", "a", "of", "and", "to", "in", "is", "it", "was", "he", "for", "on", "are", "with", "as", "his", "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "hot", "but", "house", "sea", "ship", "sail", "storm", "light", "harbour", "captain", "old", "who", "what", "where", "when", "lived", "near", "paris", "london", "marie", "curie", "won", "prize", "two", "physics", "chemistry", "example", "positive", "negative", "sports", "politics", "cooking", "boat", "river", "mountain", "climbed", "saw", "never", "always"]
+_SENTENCES = (
+    "the a of and to in is it was he for on are with as his they be at one have this from or had by hot but house sea",
+    "ship sail storm light harbour captain old who what where when lived near paris london marie curie won prize two",
+    "physics chemistry example positive negative sports politics cooking boat river mountain climbed saw never always",
+)
+WORDS = " ".join(_SENTENCES).split(" ")
 PIECES = ("##s", "##ed", "##ing", "##er", "un", "##land", "##ly", "é", "##é", "日", "本", "##y", "##or", "##w", "##ay")
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BPE_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
