@@ -53,4 +53,4 @@ def _engine_without_generation(facts: ModelFacts, asked: str) -> EngineName:
         raise UnsupportedField.of(
             "name", f"a {kind(facts)} has no head to generate with, and this build serves no other"
         )
-    return cast(EngineName, TASKS)
+    return TASKS

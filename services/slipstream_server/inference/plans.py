@@ -48,7 +48,7 @@ def plan_of(
     choice.check()
     _check_against(facts, choice)
     engine = engine_for(facts, choice.batching, defaults.batching)
-    if choice.prefix_caching and engine != CONTINUOUS:
+    if choice.prefix_caching and str(engine) != CONTINUOUS:
         raise UnsupportedField.of("options.prefix_caching", f"the {engine} batcher keeps no prefixes")
     load = _load_options(prepared, choice, defaults)
     tasks = served_tasks(facts, load) if engine == TASKS else ()
