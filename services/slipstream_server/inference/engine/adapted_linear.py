@@ -18,28 +18,59 @@ from torch import nn
 from slipstream_server.inference.engine.adapter_files import Factors
 
 BASE_SLOT = 0
+# A gathered copy of the factors per row pays for the rows of decoding; the many tokens of prompts go slot by slot.
+_MOST_ROWS_GATHERED = 64
 
 
-class Selection:
-    """The slot of each row of the forward that runs. ``only`` is set where all rows use the same one."""
+class SlotIndex:
+    """The slot of each row of some rectangle. ``only`` is set where all rows use the same one."""
 
-    def __init__(self) -> None:
-        self.is_active = False
-        self.slots: tuple[int, ...] = ()
-        self.only: int | None = None
+    def __init__(self, slots: tuple[int, ...]) -> None:
+        self.slots = slots
+        self.only = slots[0] if len(set(slots)) == 1 else None
         self._indices: dict[torch.device, torch.Tensor] = {}
-
-    def choose(self, slots: tuple[int, ...]) -> None:
-        if slots != self.slots:
-            self.slots = slots
-            self.only = slots[0] if len(set(slots)) == 1 else None
-            self._indices = {}
+        self._members: dict[tuple[int, torch.device], torch.Tensor] = {}
 
     def index(self, device: torch.device) -> torch.Tensor:
         """The slots as a tensor ``[R]`` on ``device``."""
         if device not in self._indices:
             self._indices[device] = torch.tensor(self.slots, device=device)
         return self._indices[device]
+
+    def members(self, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+        """Every slot in use but the base's, and the rows that use it."""
+        found = []
+        for slot in sorted(set(self.slots) - {BASE_SLOT}):
+            key = (slot, device)
+            if key not in self._members:
+                self._members[key] = (self.index(device) == slot).nonzero()[:, 0]
+            found.append((slot, self._members[key]))
+        return found
+
+
+class Selection:
+    """Whose rows run in this forward. ``kept``: those that are left behind the last layer but one, where only some
+    positions have logits.
+    """
+
+    def __init__(self) -> None:
+        self.is_active = False
+        self._all = SlotIndex(())
+        self._kept = SlotIndex(())
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return self._all.slots
+
+    def choose(self, slots: tuple[int, ...], kept: tuple[int, ...]) -> None:
+        if slots != self._all.slots:
+            self._all = SlotIndex(slots)
+        if kept != self._kept.slots:
+            self._kept = SlotIndex(kept)
+
+    def of(self, num_tokens: int) -> SlotIndex:
+        """The slots of a layer's input of so many tokens."""
+        return self._kept if num_tokens < len(self._all.slots) else self._all
 
 
 class AdaptedLinear:
@@ -97,16 +128,21 @@ class AdaptedLinear:
     def _added(
         self, outputs: torch.Tensor, inputs: torch.Tensor, down_SIK: torch.Tensor, up_SKO: torch.Tensor
     ) -> torch.Tensor:
-        rows = len(self._selection.slots)
+        num_tokens = inputs.numel() // inputs.shape[-1]
+        chosen = self._selection.of(num_tokens)
         # Some models flatten rows and tokens into one dimension, rows first.
-        inputs_RTI = inputs.reshape(rows, -1, inputs.shape[-1]).to(self._dtype)
-        sums_RTO = outputs.reshape(rows, -1, outputs.shape[-1]).to(self._dtype)
-        if (slot := self._selection.only) is not None:
+        inputs_RTI = inputs.reshape(len(chosen.slots), -1, inputs.shape[-1]).to(self._dtype)
+        sums_RTO = outputs.reshape(len(chosen.slots), -1, outputs.shape[-1]).to(self._dtype)
+        if (slot := chosen.only) is not None:
             updated = torch.addmm(sums_RTO.flatten(0, 1), inputs_RTI.flatten(0, 1) @ down_SIK[slot], up_SKO[slot])
-        else:
-            index_R = self._selection.index(inputs.device)
+        elif len(chosen.slots) <= _MOST_ROWS_GATHERED:
+            index_R = chosen.index(inputs.device)
             lowered_RTK = torch.bmm(inputs_RTI, down_SIK.index_select(0, index_R))
             updated = torch.baddbmm(sums_RTO, lowered_RTK, up_SKO.index_select(0, index_R))
+        else:
+            updated = sums_RTO.clone() if sums_RTO.data_ptr() == outputs.data_ptr() else sums_RTO
+            for slot, rows in chosen.members(inputs.device):
+                updated.index_add_(0, rows, inputs_RTI.index_select(0, rows) @ down_SIK[slot] @ up_SKO[slot])
         return updated.reshape(outputs.shape).to(outputs.dtype)
 
     def _with_room_for(self, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,16 +22,25 @@ class AdapterSlots(Protocol):
         """The versions at hand, the least recently used first."""
 
     def hold(self, pin: AdapterPin) -> None:
-        """Make the pinned version usable by rows until ``release_all``, or raise a SlipstreamError that fails the
-        request alone.
+        """Make the pinned version usable by rows until ``release`` or ``release_all``, or raise a SlipstreamError that
+        fails the request alone.
         """
+
+    def may_hold(self, pin: AdapterPin) -> bool:
+        """Whether ``hold`` would find a place for it now."""
+
+    def release(self, pin: AdapterPin) -> None:
+        """One who held it needs it no more."""
 
     def release_all(self) -> None:
         """No row is left that uses an adapter: what is held stays at hand, but may give its place to others."""
 
-    def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    def applied(
+        self, rows: Sequence[Row], counts: Sequence[int] | None = None, kept: Sequence[int] = ()
+    ) -> AbstractContextManager[None]:
         """Within it, row i of every forward runs with the adapter that ``rows[i].request.adapter`` pins (None: the
-        base).
+        base). With ``counts``, the forward is packed: so many successive tokens are of row i, and the head sees the
+        tokens ``kept``.
         """
 
 
@@ -45,8 +54,16 @@ class NoAdapters:
     def hold(self, pin: AdapterPin) -> None:
         raise UnsupportedField.of("adapter", f"version {pin.version!r}: this model is served without adapters")
 
+    def may_hold(self, pin: AdapterPin) -> bool:
+        return True
+
+    def release(self, pin: AdapterPin) -> None:
+        return
+
     def release_all(self) -> None:
         return
 
-    def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    def applied(
+        self, rows: Sequence[Row], counts: Sequence[int] | None = None, kept: Sequence[int] = ()
+    ) -> AbstractContextManager[None]:
         return nullcontext()

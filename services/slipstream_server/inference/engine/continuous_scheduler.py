@@ -25,6 +25,7 @@ from slipstream_server.inference.engine.sequences import Sequence, blocks_for
 from slipstream_server.inference.generation import GenerationRequest
 
 PRIORITY_S = 10.0
+_MOST_PROMPT_LOGITS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,11 @@ class Chunk:
     drafts: tuple[int, ...] = ()
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of it in the forward."""
+        return self.count + len(self.drafts)
+
+    @property
     def gives_token(self) -> bool:
         return self.start + self.count == self.sequence.num_tokens
 
@@ -76,8 +82,8 @@ def _no_drafts(sequence: Sequence) -> tuple[int, ...]:
 class ContinuousScheduler:
     """The sequences that wait and those that run.
 
-    ``may_join`` says whether a newcomer's adapter finds a place; while one does not, no worse ranked sequence with an
-    adapter joins either, so that the places become free.
+    ``may_join`` finds a place for the adapter of a newcomer that joins if it says so; while one has none, no worse
+    ranked sequence with an adapter joins either, so that places become free.
     """
 
     def __init__(
@@ -145,7 +151,7 @@ class ContinuousScheduler:
             if sequence.is_running and sequence.num_to_compute == 1:
                 self._plan_decode(sequence, draft(sequence), chunks)
         prompts = [sequence for sequence in ranked if sequence.is_running and sequence.num_to_compute > 1]
-        budget = max(BLOCK_TOKENS, self._limits.max_step_tokens - sum(1 + len(c.drafts) for c in chunks.values()))
+        budget = max(BLOCK_TOKENS, self._limits.max_step_tokens - sum(chunk.num_tokens for chunk in chunks.values()))
         share = budget if len(prompts) + len(self._waiting) == 1 else max(BLOCK_TOKENS, budget // 2)
         for sequence in prompts:
             budget -= self._plan_prompt(sequence, min(budget, share), chunks)
@@ -190,6 +196,8 @@ class ContinuousScheduler:
     def _plan_prompt(self, sequence: Sequence, most: int, chunks: dict[Sequence, Chunk]) -> int:
         """Plan the next chunk of a prompt, at most so many tokens; how many it is."""
         count = min(sequence.num_to_compute, most)
+        if sequence.wants_prompt_logits:
+            count = min(count, _MOST_PROMPT_LOGITS)
         if count > 0:
             chunks[sequence] = Chunk(sequence, sequence.num_computed, count)
         return count
@@ -231,12 +239,12 @@ class ContinuousScheduler:
             prefix, waits_for_other = self._known_prefix(sequence)
             if waits_for_other:
                 continue
+            if not self._fits(sequence, prefix):
+                break
             has_adapter = sequence.row.request.adapter is not None
             if has_adapter and (adapters_are_short or not self._may_join(sequence)):
                 adapters_are_short = True
                 continue
-            if not self._fits(sequence, prefix):
-                break
             self._waiting.remove(sequence)
             self._join(sequence, prefix)
             newcomers.append(sequence)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class LoraSlots:
         self._layers: dict[str, AdaptedLinear] = {}
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._free = list(range(num_slots, BASE_SLOT, -1))
-        self._in_use: set[str] = set()
+        self._in_use: Counter[str] = Counter()
         self._selection = Selection()
         self._installed: list[AdaptedLinear] = []
 
@@ -68,19 +68,30 @@ class LoraSlots:
             self._load(pin, read_adapter(Path(pin.folder), max_rank=self._max_rank))
             logger.info("adapter %s loaded in %.0f ms", pin.version, 1000 * (time.monotonic() - began_s))
         self._held.move_to_end(pin.digest)
-        self._in_use.add(pin.digest)
+        self._in_use[pin.digest] += 1
 
     def release_all(self) -> None:
         self._in_use.clear()
         self._uninstall()
 
-    def applied(self, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    def may_hold(self, pin: AdapterPin) -> bool:
+        return pin.digest in self._held or bool(self._free) or any(self._is_idle(digest) for digest in self._held)
+
+    def release(self, pin: AdapterPin) -> None:
+        self._in_use[pin.digest] -= 1
+
+    def applied(
+        self, rows: Sequence[Row], counts: Sequence[int] | None = None, kept: Sequence[int] = ()
+    ) -> AbstractContextManager[None]:
         slots = tuple([self._slot_of(row.request.adapter) for row in rows])
         if not any(slots):
             self._uninstall()
             return nullcontext()
+        if counts is not None:
+            slots = tuple([slot for slot, count in zip(slots, counts, strict=True) for _ in range(count)])
         if slots != self._selection.slots or not self._installed:
-            self._select(slots)
+            self._install(set(slots))
+        self._selection.choose(slots, tuple([slots[place] for place in kept]))
         return self._active()
 
     def _slot_of(self, pin: AdapterPin | None) -> int:
@@ -94,9 +105,8 @@ class LoraSlots:
         finally:
             self._selection.is_active = False
 
-    def _select(self, slots: tuple[int, ...]) -> None:
+    def _install(self, slots: set[int]) -> None:
         self._uninstall()
-        self._selection.choose(slots)
         wanted = {layer for held in self._held.values() if held.slot in slots for layer in held.layers}
         for layer in wanted:
             layer.install()
@@ -116,6 +126,7 @@ class LoraSlots:
         except BaseException:
             self._empty(held)
             raise
+        self._uninstall()
         self._layers.update(layers)
         self._held[pin.digest] = held
 
@@ -137,9 +148,12 @@ class LoraSlots:
             raise IncompatibleAdapter(f"the model has no layer {path[:120]!a} that an adapter can change row by row")
         return AdaptedLinear(module, shape, self._selection, self._num_slots, self._dtype)
 
+    def _is_idle(self, digest: str) -> bool:
+        return self._in_use[digest] < 1
+
     def _take_slot(self) -> int:
         if not self._free:
-            idle = next((digest for digest in self._held if digest not in self._in_use), None)
+            idle = next((digest for digest in self._held if self._is_idle(digest)), None)
             if idle is None:
                 raise OutOfMemory(f"all {self._num_slots - 1} adapter slots are in use", retry_after_s=1.0)
             self._empty(self._held.pop(idle))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 
-from slipstream_server.inference.engine.outbox import Outbox
+from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.generation import (
     Admitted,
     Event,
@@ -54,7 +54,7 @@ class NullEngine:
         for request_id in list(self._left):
             self._emit(request_id)
         self._outbox.totals.steps += 1
-        self._outbox.report(self._left, (), None)
+        self._outbox.report(Gauges(num_running=len(self._left)))
         return self._outbox.take()
 
     def _emit(self, request_id: int) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from slipstream_server.errors import SlipstreamError
 from slipstream_server.inference.generation import Event, Failed, Stats
 
 _STATS_INTERVAL_S = 0.25
-
-
-class HoldsKV(Protocol):
-    """Something whose keys and values are counted."""
-
-    @property
-    def kv_tokens(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -27,6 +19,22 @@ class Totals:
     rows: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    draft_tokens: int = 0
+    accepted_draft_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauges:
+    """How the engine stands at the end of a step; names and meanings as in Stats."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_tokens: int = 0
+    kv_capacity_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    adapters: tuple[str, ...] = ()
 
 
 class Outbox:
@@ -54,21 +62,27 @@ class Outbox:
         events, self._events = self._events, []
         return events
 
-    def report(self, running: Sized, waiting: Sized, batch: HoldsKV | None, adapters: tuple[str, ...] = ()) -> None:
+    def report(self, gauges: Gauges) -> None:
         """Add Stats where they have changed: at once when the engine falls idle, else every 250 ms at most."""
         totals = self.totals
         stats = Stats(
-            num_running=len(running),
-            num_waiting=len(waiting),
-            kv_tokens=batch.kv_tokens if batch is not None and len(running) else 0,
+            num_running=gauges.num_running,
+            num_waiting=gauges.num_waiting,
+            kv_tokens=gauges.kv_tokens,
             steps_total=totals.steps,
             prompt_tokens_total=totals.prompt_tokens,
             generation_tokens_total=totals.generation_tokens,
             batch_rows_total=totals.rows,
-            adapters=adapters,
+            kv_capacity_tokens=gauges.kv_capacity_tokens,
+            prefix_queries_total=gauges.prefix_queries,
+            prefix_hits_total=gauges.prefix_hits,
+            preemptions_total=gauges.preemptions,
+            draft_tokens_total=totals.draft_tokens,
+            accepted_draft_tokens_total=totals.accepted_draft_tokens,
+            adapters=gauges.adapters,
         )
         now = self._clock()
-        is_idle = not len(running) and not len(waiting)
+        is_idle = not gauges.num_running and not gauges.num_waiting
         if stats != self._reported and (is_idle or now - self._reported_s >= _STATS_INTERVAL_S):
             self._reported, self._reported_s = stats, now
             self._events.append(stats)

@@ -13,30 +13,32 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
+import msgspec
 import torch
 
-from slipstream_server.errors import DeadlineExceeded, InternalError, InvalidField, OutOfMemory, SlipstreamError
+from slipstream_server.errors import DeadlineExceeded
 from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
+from slipstream_server.inference.engine.anteroom import Anteroom
 from slipstream_server.inference.engine.batch import Batch
 from slipstream_server.inference.engine.beams import beam_key, search
 from slipstream_server.inference.engine.checks import refusal
-from slipstream_server.inference.engine.choosing import Choices, top_logprobs
+from slipstream_server.inference.engine.choosing import top_logprobs
+from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.core import Generation, Row
 from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
-from slipstream_server.inference.engine.outbox import Outbox
+from slipstream_server.inference.engine.ledger import Ledger, named
+from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.engine.passes import Traits, prompt_logits
 from slipstream_server.inference.engine.processors import HouseRules
 from slipstream_server.inference.engine.scheduler import BatchLimits, Scheduler, has_expired
 from slipstream_server.inference.generation import (
     Admitted,
     Event,
-    Finished,
     GenerationRequest,
     PromptLogprobs,
-    Tokens,
     TopLogprobs,
 )
 
@@ -54,6 +56,7 @@ class PaddedEngine:
         limits: BatchLimits,
         *,
         slots: AdapterSlots | None = None,
+        grammars: Grammars | None = None,
         poll: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -61,12 +64,13 @@ class PaddedEngine:
         self._rules = HouseRules.of(model.generation_config, self._traits.is_encoder_decoder)
         self._scheduler = Scheduler(limits, share_key)
         self._slots = slots or NoAdapters()
+        self._anteroom = Anteroom(grammars, clock=clock)
         self._poll = poll
         self._clock = clock
-        self._running: dict[int, Generation] = {}
         self._batch: Batch | None = None
         self._parts: deque[list[Row]] = deque()
         self._outbox = Outbox(clock)
+        self._ledger = Ledger(self._outbox)
 
     def submit(self, request: GenerationRequest) -> None:
         """Take a request; one that cannot run fails here."""
@@ -78,31 +82,36 @@ class PaddedEngine:
         )
         if problem is not None:
             self._outbox.fail(request.id, problem)
-        elif request.id in self._running or request.id in self._scheduler:
+        elif any(request.id in place for place in (self._ledger, self._scheduler, self._anteroom)):
             logger.error("request id %d is in use already; the second one is ignored", request.id)
-        else:
+        elif not self._anteroom.enter(request):
             self._scheduler.add(request, self._clock())
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; its rows leave before the next forward."""
-        if not self._scheduler.remove(request_id) and (generation := self._running.pop(request_id, None)):
-            generation.drop()
+        if not self._anteroom.forget(request_id) and not self._scheduler.remove(request_id):
+            self._ledger.cancel(request_id)
 
     def end_sequence(self, request_id: int, index: int) -> None:
         """End one sequence; the request is finished with its last."""
-        generation = self._running.get(request_id)
-        if generation is not None and 0 <= index < len(generation.rows):
-            generation.rows[index].dropped = True
-            self._finish_if_over(generation)
+        self._ledger.end_sequence(request_id, index)
 
     def step(self) -> list[Event]:
         """Schedule, run, choose, emit."""
         with torch.inference_mode():
             self._drop_expired()
+            self._let_in()
             batch = self._schedule()
             if batch is not None:
                 self._run(batch)
-        self._outbox.report(self._running, self._scheduler, self._batch, self._slots.versions)
+        self._outbox.report(
+            Gauges(
+                num_running=len(self._ledger),
+                num_waiting=len(self._scheduler) + len(self._anteroom),
+                kv_tokens=self._batch.kv_tokens if self._batch is not None and len(self._ledger) else 0,
+                adapters=self._slots.versions,
+            )
+        )
         return self._outbox.take()
 
     def wait_s(self) -> float | None:
@@ -110,7 +119,10 @@ class PaddedEngine:
         if self._batch is not None or self._parts or self._outbox.has_events:
             return 0.0
         dues = [due for due in (self._scheduler.due_s(), self._scheduler.next_deadline_s()) if due is not None]
-        return max(0.0, min(dues) - self._clock()) if dues else None
+        waits = [max(0.0, min(dues) - self._clock())] if dues else []
+        if (wait_s := self._anteroom.wait_s()) is not None:
+            waits.append(wait_s)
+        return min(waits, default=None)
 
     def check_integrity(self) -> None:
         """Assert that every running request has rows in the batch or in a part that waits, and every live row a
@@ -118,10 +130,10 @@ class PaddedEngine:
         """
         held = [*(self._batch.rows if self._batch else []), *(row for part in self._parts for row in part)]
         live = {id(row) for row in held if row.is_live}
-        for generation in self._running.values():
+        for generation in self._ledger:
             assert not generation.is_over, f"request {generation.request.id} is over and still runs"
             assert all(id(row) in live for row in generation.rows if row.is_live)
-        assert all(row.request.id in self._running for row in held if row.is_live)
+        assert all(row.request.id in self._ledger for row in held if row.is_live)
 
     def _schedule(self) -> Batch | None:
         """The batch to run now: the one that runs, else a part of a failed one, else a new one."""
@@ -138,7 +150,7 @@ class PaddedEngine:
         self._slots.release_all()
         rows = [row for request in requests for row in self._admit(request)]
         if rows and requests[0].beams.num_beams > 1:
-            self._search_beams()
+            self._search_beams(list(self._ledger))
         elif rows:
             self._batch = self._new_batch(rows)
 
@@ -147,13 +159,14 @@ class PaddedEngine:
         try:
             if request.adapter is not None:
                 self._slots.hold(request.adapter)
-            rows = [self._traits.new_row(request, index) for index in range(request.num_return_sequences)]
+            guides = self._anteroom.guides(request, skips=self._rules.num_forced_first(request))
+            rows = [self._traits.new_row(request, index, guide) for index, guide in enumerate(guides)]
         except Exception as error:
-            self._outbox.fail(request.id, _named(error, "admitting a request"))
+            self._outbox.fail(request.id, named(error, "admitting a request"))
             return []
         self._outbox.put(Admitted(request.id))
         self._outbox.totals.prompt_tokens += len(request.prompt_token_ids)
-        self._running[request.id] = Generation(request, rows)
+        self._ledger.enter(Generation(request, rows))
         if request.prompt_logprobs is not None and not self._emit_prompt_logprobs(request):
             return []
         return rows
@@ -169,38 +182,19 @@ class PaddedEngine:
         else:
             self._outbox.totals.steps += 1
             self._outbox.totals.rows += len(batch.rows)
-            self._emit(batch.rows, choices)
-
-    def _emit(self, rows: Sequence[Row], choices: Choices) -> None:
-        for index, row in enumerate(rows):
-            if not row.is_live:
-                continue
-            if choices.is_broken[index]:
-                self._fail(row.request.id, InternalError("the model's scores are not numbers"))
-            elif choices.is_exhausted[index]:
-                self._fail(row.request.id, InvalidField.of("sampling", "its bans leave no token to choose from"))
-            else:
-                row.append(choices.token_ids[index])
-                logprobs = choices.logprobs.get(index)
-                self._emit_tokens(row, [choices.token_ids[index]], None if logprobs is None else [logprobs])
-
-    def _emit_tokens(self, row: Row, token_ids: list[int], logprobs: list[TopLogprobs] | None) -> None:
-        self._outbox.totals.generation_tokens += len(token_ids)
-        self._outbox.put(Tokens(row.request.id, row.index, token_ids, logprobs, row.finish_reason))
-        if row.finish_reason is not None:
-            self._finish_if_over(self._running[row.request.id])
+            self._ledger.take(batch.rows, choices)
 
     def _emit_prompt_logprobs(self, request: GenerationRequest) -> bool:
         """Run the prompt for its own log probabilities; whether the request lives on."""
         try:
             self._outbox.put(PromptLogprobs(request.id, self._prompt_logprobs(request)))
         except Exception as error:
-            self._fail(request.id, _named(error, "computing prompt_logprobs"))
+            self._ledger.fail(request.id, named(error, "computing prompt_logprobs"))
             return False
         return True
 
     def _prompt_logprobs(self, request: GenerationRequest) -> list[TopLogprobs]:
-        row = self._traits.new_row(request, 0)
+        row = self._traits.new_row(msgspec.structs.replace(request, constraint=None), 0)
         next_T = torch.from_numpy(row.tokens[1:].copy())
         number = request.prompt_logprobs or 0
         positions = [TopLogprobs(float("nan"), [], [])]
@@ -211,9 +205,11 @@ class PaddedEngine:
             positions += top_logprobs(raw_TV, chosen_T, [number] * len(chosen_T))
         return positions
 
-    def _search_beams(self) -> None:
+    def _search_beams(self, generations: list[Generation]) -> None:
         """Run the admitted beam searches in one call; they are all that runs."""
-        generations = list(self._running.values())
+        generations = [generation for generation in generations if not generation.is_over]
+        if not generations:
+            return
         try:
             answers = search(self._traits, generations, self._beams_stop)
         except Exception as error:
@@ -222,9 +218,7 @@ class PaddedEngine:
         for generation, answer in zip(generations, answers, strict=True):
             for row, token_ids in zip(generation.rows, answer, strict=True):
                 if row.is_live:
-                    for token_id in token_ids:
-                        row.append(token_id)
-                    self._emit_tokens(row, token_ids, None)
+                    self._ledger.append(row, token_ids)
 
     def _beams_stop(self) -> None:
         self._poll()
@@ -238,7 +232,7 @@ class PaddedEngine:
         rows = [row for row in batch.rows if row.is_live]
         batch.release()
         if len(rows) == 1:
-            self._fail(rows[0].request.id, _named(error, "running a batch of one row"))
+            self._ledger.fail(rows[0].request.id, named(error, "running a batch of one row"))
         elif rows:
             if not is_out_of_memory(error):
                 log_failure(error, f"running a batch of {len(rows)} rows; each half is tried alone")
@@ -246,49 +240,35 @@ class PaddedEngine:
             self._parts.extendleft([rows[middle:], rows[:middle]])
 
     def _recover_beams(self, generations: list[Generation], error: Exception) -> None:
+        """Search for each half alone, or fail the request that is alone with the error."""
         if is_fatal(error):
             raise error
         alive = [generation for generation in generations if not generation.is_over]
-        for generation in alive:
-            del self._running[generation.request.id]
         if len(alive) == 1:
-            self._outbox.fail(alive[0].request.id, _named(error, "running a beam search"))
+            self._ledger.fail(alive[0].request.id, named(error, "running a beam search"))
             return
-        middle = (len(alive) + 1) // 2
+        middle = len(alive) // 2
         for half in (alive[:middle], alive[middle:]):
-            if half:
-                self._running.update({generation.request.id: generation for generation in half})
-                self._search_beams()
+            self._search_beams(half)
+
+    def _let_in(self) -> None:
+        """Requests whose grammar is compiled now wait for a batch."""
+        for request in self._anteroom.take_ready():
+            self._scheduler.add(request, self._clock())
+        for request_id, error in self._anteroom.take_failed(self._clock()):
+            self._outbox.fail(request_id, error)
 
     def _drop_expired(self) -> None:
         now = self._clock()
-        for request in self._scheduler.take_expired(now):
-            self._outbox.fail(request.id, DeadlineExceeded("the deadline passed before the request could run"))
-        for request_id in [i for i, g in self._running.items() if has_expired(g.request, now)]:
-            self._fail(request_id, DeadlineExceeded("the deadline passed while the request ran"))
-
-    def _fail(self, request_id: int, error: SlipstreamError) -> None:
-        """End a running request with its one terminal event."""
-        if (generation := self._running.pop(request_id, None)) is not None:
-            generation.drop()
+        for request_id, error in self._anteroom.take_failed(now):
             self._outbox.fail(request_id, error)
-
-    def _finish_if_over(self, generation: Generation) -> None:
-        if generation.is_over and self._running.pop(generation.request.id, None) is not None:
-            self._outbox.put(Finished(generation.request.id))
+        for request in self._scheduler.take_expired(now):
+            self._anteroom.forget(request.id)
+            self._outbox.fail(request.id, DeadlineExceeded("the deadline passed before the request could run"))
+        for generation in [g for g in self._ledger if has_expired(g.request, now)]:
+            self._ledger.fail(generation.request.id, DeadlineExceeded("the deadline passed while the request ran"))
 
 
 def share_key(request: GenerationRequest) -> Hashable:
     """Requests with equal keys may share a batch: all without beams, or those whose beam search is the same call."""
     return beam_key(request) if request.beams.num_beams > 1 else None
-
-
-def _named(error: Exception, doing: str) -> SlipstreamError:
-    """The error as the client may see it; what it does not name goes to the log."""
-    if isinstance(error, SlipstreamError):
-        return error
-    if is_fatal(error):
-        raise error
-    if is_out_of_memory(error):
-        return OutOfMemory("the device has not enough memory for this request")
-    return InternalError(f"internal error {log_failure(error, doing)}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from slipstream_server.errors import DeadlineExceeded, InternalError, OutOfMemory, SlipstreamError, UnsupportedField
 from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
-from slipstream_server.inference.engine.outbox import Outbox
+from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.engine.side_threads import SideThreads
 from slipstream_server.inference.generation import Admitted, Event, Finished, TaskResults
 from slipstream_server.tasks.batching import Company, PieceQueue, TaskLimits, Work
@@ -138,9 +138,8 @@ class TaskEngine:
         self._drop_expired()
         if batch := self._next_batch():
             self._run(batch)
-        waiting = [live for live in self._live.values() if not live.is_admitted]
-        running = len(self._live) - len(waiting)
-        self._outbox.report(range(running), waiting, None)
+        num_running = sum(live.is_admitted for live in self._live.values())
+        self._outbox.report(Gauges(num_running=num_running, num_waiting=len(self._live) - num_running))
         return self._outbox.take()
 
     def wait_s(self) -> float | None:

@@ -1,0 +1,305 @@
+"""The continuous engine: requests join and leave the batch at any step.
+
+    step()   schedule -> run one packed forward -> choose -> hand out
+
+Decoding sequences and chunks of prompts share every forward; keys and values lie in blocks that equal prefixes share.
+A failure of a forward is narrowed down by running its halves at once, down to the one sequence that fails alone:
+nothing is counted as computed before it has succeeded, and writing a block twice changes nothing. A beam search, which
+is the model's own ``generate``, is a coroutine beside all this: a step runs one of its columns, then everybody else.
+
+Draws depend on seed, sequence and position alone, so neither the company nor a preemption changes a sampled answer.
+Synchronous and single-threaded: the worker's main thread owns it. It knows nothing of sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from slipstream_server.errors import DeadlineExceeded, OutOfMemory
+from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
+from slipstream_server.inference.engine.beam_turns import BeamTurns
+from slipstream_server.inference.engine.checks import refusal
+from slipstream_server.inference.engine.choosing import Chooser, top_logprobs
+from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
+from slipstream_server.inference.engine.core import Generation, Row
+from slipstream_server.inference.engine.drafting import draft
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
+from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS, BlockPool
+from slipstream_server.inference.engine.ledger import Ledger, named
+from slipstream_server.inference.engine.outbox import Gauges, Outbox
+from slipstream_server.inference.engine.packed_pass import PackedModel, num_wanted
+from slipstream_server.inference.engine.processors import HouseRules
+from slipstream_server.inference.engine.scheduler import has_expired
+from slipstream_server.inference.engine.sequences import Sequence as KVSequence
+from slipstream_server.inference.generation import (
+    Admitted,
+    Event,
+    GenerationRequest,
+    PromptLogprobs,
+    TopLogprobs,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class ContinuousEngine:
+    """Serves one decoder-only model. ``max_draft_tokens`` 0: no speculation."""
+
+    def __init__(
+        self,
+        model: PackedModel,
+        limits: StepLimits,
+        num_blocks: int,
+        *,
+        slots: AdapterSlots | None = None,
+        prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        model.use(num_blocks)
+        self._model = model
+        self._traits = model.traits
+        self._rules = HouseRules.of(model.traits.model.generation_config, is_encoder_decoder=False)
+        self._slots = slots or NoAdapters()
+        self._pool = BlockPool(num_blocks)
+        self._scheduler = ContinuousScheduler(
+            limits, self._pool, prefix_caching=prefix_caching, may_join=self._may_join
+        )
+        self._beams = BeamTurns(model)
+        self._max_draft_tokens = max_draft_tokens
+        self._clock = clock
+        self._outbox = Outbox(clock)
+        self._ledger = Ledger(self._outbox)
+        self._prompt_logprobs: dict[KVSequence, list[TopLogprobs]] = {}
+        self._admitted: set[int] = set()
+        self._holding: set[int] = set()
+        self._chooser: tuple[list[Row], Chooser] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that ran something, since the engine began."""
+        return self._outbox.totals.steps
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Take a request; one that cannot run fails here."""
+        problem = refusal(
+            request,
+            vocab_size=self._traits.vocab_size,
+            context_tokens=self._traits.context_tokens,
+            is_encoder_decoder=False,
+        )
+        if problem is None and _most_tokens(request) > self._pool.num_blocks * BLOCK_TOKENS:
+            problem = OutOfMemory(
+                f"prompt and answer of up to {_most_tokens(request)} tokens exceed the KV memory of"
+                f" {self._pool.num_blocks * BLOCK_TOKENS} tokens"
+            )
+        if problem is not None:
+            self._outbox.fail(request.id, problem)
+        elif request.id in self._ledger:
+            logger.error("request id %d is in use already; the second one is ignored", request.id)
+        else:
+            self._enter(request)
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request; its blocks are free before the next forward."""
+        self._ledger.cancel(request_id)
+
+    def end_sequence(self, request_id: int, index: int) -> None:
+        """End one sequence; the request is finished with its last."""
+        self._ledger.end_sequence(request_id, index)
+
+    def step(self) -> list[Event]:
+        """Schedule, run, choose, hand out."""
+        with torch.inference_mode():
+            self._drop_expired()
+            self._let_go()
+            plan = self._scheduler.plan(self._draft)
+            self._admit(plan.newcomers)
+            if plan.chunks:
+                self._run(plan.chunks)
+                self._outbox.totals.steps += 1
+                self._outbox.totals.rows += len(plan.chunks)
+            self._beams.run(self._ledger, self._outbox)
+            self._let_go()
+        self._report()
+        return self._outbox.take()
+
+    def wait_s(self) -> float | None:
+        """0 while there is anything to run or to say, else None."""
+        is_busy = self._scheduler.has_work or self._beams.has_work or self._outbox.has_events
+        return 0.0 if is_busy else None
+
+    def check_integrity(self) -> None:
+        """Assert that blocks, sequences and requests agree."""
+        self._scheduler.check_integrity()
+        held = {id(sequence.row) for sequence in self._scheduler}
+        for generation in self._ledger:
+            assert not generation.is_over, f"request {generation.request.id} is over and still runs"
+            if generation.request.beams.num_beams == 1:
+                assert all(id(row) in held for row in generation.rows if row.is_live)
+        assert all(s.row.request.id in self._ledger for s in self._scheduler if s.row.is_live)
+        if not len(self._ledger):
+            self._let_go()
+            assert not self._pool.num_held, "blocks are held for nobody"
+            assert not self._admitted | self._holding, "requests are counted that have ended"
+
+    def _enter(self, request: GenerationRequest) -> None:
+        rows = [self._traits.new_row(request, index) for index in range(request.num_return_sequences)]
+        generation = Generation(request, rows)
+        self._ledger.enter(generation)
+        if request.beams.num_beams > 1:
+            self._beams.add(generation)
+            return
+        now_s = self._clock()
+        for row in rows:
+            self._scheduler.add(KVSequence(generation, row, now_s))
+
+    def _may_join(self, sequence: KVSequence) -> bool:
+        """Hold the adapter of a request that is about to join; False where there is no place, or where it fails."""
+        request = sequence.row.request
+        if request.adapter is None or request.id in self._holding:
+            return True
+        if not sequence.row.is_live or not self._slots.may_hold(request.adapter):
+            return False
+        try:
+            self._slots.hold(request.adapter)
+        except Exception as error:
+            self._ledger.fail(request.id, named(error, "loading an adapter"))
+            return False
+        self._holding.add(request.id)
+        return True
+
+    def _admit(self, newcomers: Sequence[KVSequence]) -> None:
+        for sequence in newcomers:
+            request = sequence.row.request
+            if request.id not in self._admitted:
+                self._admitted.add(request.id)
+                self._outbox.put(Admitted(request.id, sequence.num_cached or 0))
+                self._outbox.totals.prompt_tokens += len(request.prompt_token_ids)
+
+    def _run(self, chunks: Sequence[Chunk]) -> None:
+        """Run the chunks, in halves where that fails."""
+        try:
+            self._advance(chunks)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            self._chooser = None
+            if len(chunks) == 1:
+                self._ledger.fail(chunks[0].sequence.row.request.id, named(error, "running one sequence"))
+                return
+            if not is_out_of_memory(error):
+                log_failure(error, f"running {len(chunks)} sequences; each half is tried alone")
+            middle = len(chunks) // 2
+            for half in (chunks[:middle], chunks[middle:]):
+                self._run([chunk for chunk in half if chunk.sequence.row.is_live])
+
+    def _advance(self, chunks: Sequence[Chunk]) -> None:
+        if not chunks:
+            return
+        plain = [c for c in chunks if c.gives_token and not c.drafts]
+        chooser = self._chooser_of([chunk.sequence.row for chunk in plain])
+        logits_MV = self._model.run(chunks, self._slots)
+        places = _last_places(chunks)
+        for chunk in chunks:
+            if chunk.sequence.wants_prompt_logits:
+                self._read_prompt(chunk, logits_MV[places[chunk] + 1 - num_wanted(chunk) : places[chunk] + 1])
+        accepted = {chunk: self._verify(chunk, logits_MV, places[chunk]) for chunk in chunks if chunk.drafts}
+        index_R = torch.tensor([places[chunk] for chunk in plain], device=logits_MV.device)
+        is_whole = len(plain) == len(logits_MV)
+        choices = chooser.choose(logits_MV if is_whole else logits_MV.index_select(0, index_R)) if plain else None
+        # Nothing can fail from here on.
+        for chunk in chunks:
+            self._scheduler.commit(chunk, max(0, len(accepted.get(chunk, ())) - 1))
+        if choices is not None:
+            self._ledger.take([chunk.sequence.row for chunk in plain], choices)
+        for chunk, tokens in accepted.items():
+            self._outbox.totals.draft_tokens += len(chunk.drafts)
+            self._outbox.totals.accepted_draft_tokens += self._ledger.append(chunk.sequence.row, tokens) - 1
+
+    def _chooser_of(self, rows: list[Row]) -> Chooser:
+        """The rows' chooser, made anew only when they have changed."""
+        if self._chooser is None or self._chooser[0] != rows:
+            self._chooser = (rows, Chooser(rows, self._rules, self._traits.device))
+        return self._chooser[1]
+
+    def _draft(self, sequence: KVSequence) -> tuple[int, ...]:
+        if not self._max_draft_tokens:
+            return ()
+        return draft(sequence.row, self._max_draft_tokens)
+
+    def _verify(self, chunk: Chunk, logits_MV: torch.Tensor, last: int) -> list[int]:
+        """The drafts that the model would have chosen itself, and the token it chooses after them."""
+        best = logits_MV[last - len(chunk.drafts) : last + 1].argmax(dim=1).tolist()
+        num_right = 0
+        while num_right < len(chunk.drafts) and chunk.drafts[num_right] == best[num_right]:
+            num_right += 1
+        return best[: num_right + 1]
+
+    def _read_prompt(self, chunk: Chunk, logits_TV: torch.Tensor) -> None:
+        """Log probabilities of the prompt tokens that follow the chunk's positions; sent when all are there."""
+        sequence = chunk.sequence
+        number = sequence.row.request.prompt_logprobs or 0
+        known = self._prompt_logprobs.setdefault(sequence, [TopLogprobs(float("nan"), [], [])])
+        del known[chunk.start + 1 :]
+        next_T = torch.from_numpy(sequence.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1].copy())
+        if len(next_T):
+            raw_TV = logits_TV[: len(next_T)].log_softmax(dim=1)
+            known += top_logprobs(raw_TV, next_T, [number] * len(next_T))
+        if chunk.gives_token:
+            self._outbox.put(PromptLogprobs(sequence.row.request.id, self._prompt_logprobs.pop(sequence)))
+            sequence.wants_prompt_logits = False
+
+    def _drop_expired(self) -> None:
+        now_s = self._clock()
+        for generation in self._ledger:
+            request = generation.request
+            if has_expired(request, now_s):
+                when = "while the request ran" if request.id in self._admitted else "before the request could run"
+                self._ledger.fail(request.id, DeadlineExceeded(f"the deadline passed {when}"))
+
+    def _let_go(self) -> None:
+        """Give back what belongs to rows and requests that have ended."""
+        for sequence in [sequence for sequence in self._scheduler if not sequence.row.is_live]:
+            self._scheduler.remove(sequence)
+            self._prompt_logprobs.pop(sequence, None)
+            request = sequence.row.request
+            if sequence.generation.is_over:
+                self._admitted.discard(request.id)
+                if request.id in self._holding and request.adapter is not None:
+                    self._holding.remove(request.id)
+                    self._slots.release(request.adapter)
+
+    def _report(self) -> None:
+        scheduler = self._scheduler
+        num_running = len(self._admitted) + self._beams.num_running
+        self._outbox.report(
+            Gauges(
+                num_running=num_running,
+                num_waiting=len(self._ledger) - num_running,
+                kv_tokens=self._pool.num_held * BLOCK_TOKENS,
+                kv_capacity_tokens=self._pool.num_blocks * BLOCK_TOKENS,
+                prefix_queries=scheduler.num_prefix_queries,
+                prefix_hits=scheduler.num_prefix_hits,
+                preemptions=scheduler.num_preemptions,
+                adapters=self._slots.versions,
+            )
+        )
+
+
+def _last_places(chunks: Sequence[Chunk]) -> dict[Chunk, int]:
+    """Where each chunk's last wanted position stands among the logits."""
+    places = {}
+    end = 0
+    for chunk in chunks:
+        end += num_wanted(chunk)
+        places[chunk] = end - 1
+    return places
+
+
+def _most_tokens(request: GenerationRequest) -> int:
+    return len(request.prompt_token_ids) + request.stopping.max_new_tokens

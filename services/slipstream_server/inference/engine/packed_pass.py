@@ -1,0 +1,196 @@
+"""One forward of a decoder-only model over the tokens of many sequences, packed into one row without padding.
+
+Decides at load whether a model can be run like this at all: it is run both ways and must answer the same.
+Engine thread, under inference_mode. Shapes: N tokens of the step, M wanted positions among them, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from slipstream_server.inference.engine.adapters import AdapterSlots
+from slipstream_server.inference.engine.continuous_scheduler import Chunk
+from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
+from slipstream_server.inference.engine.paged_attention import (
+    ATTENTION,
+    CpuMemory,
+    KVMemory,
+    LayerShape,
+    Layout,
+    ShapeProbe,
+    TorchMemory,
+    UnsupportedAttention,
+    cpu_item_dtype,
+    seat,
+)
+from slipstream_server.inference.engine.passes import Traits
+
+logger = logging.getLogger(__name__)
+
+_PROBE_TOKENS = BLOCK_TOKENS + 5
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_COARSE_TOLERANCE = 0.1
+
+
+class PackedModel:
+    """A model that attends from blocks. ``layer_bytes``: what one block of KV memory takes."""
+
+    def __init__(self, traits: Traits) -> None:
+        """Raises UnsupportedAttention, saying why, where the model has to be run otherwise."""
+        self.traits = traits
+        self._model = traits.model
+        self._own_attention = self._model.config._attn_implementation
+        if traits.is_encoder_decoder or not traits.takes_position_ids:
+            raise UnsupportedAttention("a forward without position_ids")
+        if not self._model._can_set_attn_implementation():
+            raise UnsupportedAttention("attention that does not go through AttentionInterface")
+        self._shapes, self._devices = self._probe()
+        self._check()
+
+    @property
+    def block_bytes(self) -> int:
+        """What one block takes in all layers together."""
+        item_bytes = self._item_dtype.itemsize
+        return sum(shape.block_bytes(item_bytes) for shape in self._shapes)
+
+    def use(self, num_blocks: int) -> None:
+        """Attend from a KV memory of so many blocks from now on."""
+        self._memory = self._new_memory(num_blocks)
+        seat(self._model, self._memory)
+        self._model.set_attn_implementation(ATTENTION)
+
+    @contextlib.contextmanager
+    def as_loaded(self) -> Iterator[None]:
+        """Within it the model attends as it was loaded, with masks and cache objects."""
+        self._model.set_attn_implementation(self._own_attention)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(ATTENTION)
+
+    def run(self, chunks: Sequence[Chunk], slots: AdapterSlots) -> torch.Tensor:
+        """Logits ``[M, V]`` in float32 of what the chunks want, in their order: see ``num_wanted``."""
+        token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
+        layout = _layout(chunks)
+        rows = [chunk.sequence.row for chunk in chunks]
+        wanted = np.concatenate(
+            [np.arange(end - num_wanted(c), end) for c, end in zip(chunks, layout.starts[1:], strict=True)]
+        )
+        self._memory.lay_out(layout)
+        with slots.applied(rows, [chunk.num_tokens for chunk in chunks], wanted.tolist()):
+            return self._forward(token_ids, layout.positions_N, wanted)
+
+    @property
+    def _item_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._model.dtype
+        return cpu_item_dtype(dtype) if self._is_on_cpu else dtype
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return all(device.type == "cpu" for device in self._devices)
+
+    def _new_memory(self, num_blocks: int) -> KVMemory:
+        if self._is_on_cpu:
+            return CpuMemory(self._shapes, num_blocks, self._model.dtype)
+        return TorchMemory(self._shapes, num_blocks, self._item_dtype, self._devices)
+
+    def _forward(self, token_ids: Any, positions: Any, wanted: Any) -> torch.Tensor:
+        device = self.traits.device
+        index_M = torch.from_numpy(wanted).to(device)
+        extra = {"logits_to_keep": index_M} if self.traits.takes_logits_to_keep else {}
+        output = self._model(
+            input_ids=torch.from_numpy(token_ids)[None].to(device),
+            position_ids=torch.from_numpy(positions.astype(np.int64))[None].to(device),
+            use_cache=False,
+            return_dict=True,
+            **extra,
+        )
+        logits_MV: torch.Tensor = output.logits[0]
+        if not extra:
+            logits_MV = logits_MV.index_select(0, index_M.to(logits_MV.device))
+        return logits_MV.to(device=device, dtype=torch.float32, copy=True)
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[list[LayerShape], list[torch.device]]:
+        probe = ShapeProbe()
+        seats = seat(self._model, probe)
+        self._model.set_attn_implementation(ATTENTION)
+        try:
+            self._forward(np.zeros(2, dtype=np.int64), np.arange(2), np.arange(2))
+        except UnsupportedAttention:
+            raise
+        except Exception as error:
+            raise UnsupportedAttention(f"a forward without a cache ({type(error).__name__})") from error
+        finally:
+            self._model.set_attn_implementation(self._own_attention)
+        layers = range(len(probe.shapes))
+        if not seats or sorted(probe.shapes) != list(layers) or not probe.shapes:
+            raise UnsupportedAttention("layers that are not all attention")
+        return [probe.shapes[layer] for layer in layers], [probe.devices[layer] for layer in layers]
+
+    @torch.inference_mode()
+    def _check(self) -> None:
+        """Compare with the model as it was loaded: a prompt over a block's end, in two sequences, in two chunks."""
+        ids = (np.arange(_PROBE_TOKENS, dtype=np.int64) * 7 + 3) % self.traits.vocab_size
+        expected = self._model(input_ids=torch.from_numpy(ids)[None].to(self.traits.device), use_cache=False)
+        expected_TV = expected.logits[0].float()
+        self.use(4)
+        try:
+            first, second = np.arange(BLOCK_TOKENS - 3), np.arange(BLOCK_TOKENS - 3, _PROBE_TOKENS)
+            tables = np.array([[2, 0], [1, 3]], dtype=np.int32)
+            for positions in (first, second):
+                self._memory.lay_out(
+                    Layout(
+                        rows_N=np.repeat(np.arange(2, dtype=np.int32), len(positions)),
+                        positions_N=np.tile(positions.astype(np.int32), 2),
+                        tables_SB=tables,
+                        starts=(0, len(positions), 2 * len(positions)),
+                    )
+                )
+                found_NV = self._forward(
+                    np.tile(ids[positions], 2), np.tile(positions, 2), np.arange(2 * len(positions))
+                )
+                self._compare(found_NV, expected_TV[positions].repeat(2, 1))
+        finally:
+            self._model.set_attn_implementation(self._own_attention)
+
+    def _compare(self, found: torch.Tensor, expected: torch.Tensor) -> None:
+        scale = float(expected.abs().max()) + 1e-6
+        difference = float((found - expected.to(found.device)).abs().max()) / scale
+        if not difference <= _TOLERANCE.get(self._model.dtype, _COARSE_TOLERANCE):
+            raise UnsupportedAttention(f"answers that differ by {difference:.2g} when it is run from blocks")
+
+
+def num_wanted(chunk: Chunk) -> int:
+    """How many of the chunk's positions, counted from its end, have logits that somebody reads."""
+    if chunk.sequence.wants_prompt_logits:
+        return chunk.count
+    return 1 + len(chunk.drafts) if chunk.gives_token else 0
+
+
+def _tokens(chunk: Chunk) -> Any:
+    tokens = chunk.sequence.row.tokens[chunk.start : chunk.start + chunk.count]
+    return np.concatenate([tokens, np.array(chunk.drafts, dtype=np.int64)]) if chunk.drafts else tokens
+
+
+def _layout(chunks: Sequence[Chunk]) -> Layout:
+    counts = [chunk.num_tokens for chunk in chunks]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    first_positions = np.array([chunk.start for chunk in chunks])
+    rows_N = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
+    positions_N = np.arange(starts[-1]) - starts[rows_N] + first_positions[rows_N]
+    tables_SB = np.zeros((len(chunks), max(len(chunk.sequence.blocks) for chunk in chunks)), dtype=np.int32)
+    for row, chunk in enumerate(chunks):
+        tables_SB[row, : len(chunk.sequence.blocks)] = chunk.sequence.blocks
+    return Layout(
+        rows_N=rows_N,
+        positions_N=positions_N.astype(np.int32),
+        tables_SB=tables_SB,
+        starts=tuple(int(start) for start in starts),
+    )
