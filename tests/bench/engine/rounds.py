@@ -38,8 +38,6 @@ def run_rounds(plan: Plan, sides: Sequence[RunningSide], num_runs: int, num_slow
     for number in range(num_runs):
         partners = [side for side in able if number < num_slow_runs or not side.kind.is_slow]
         rounds.append(_round(plan, partners if number % 2 == 0 else partners[::-1], number))
-        rates = ", ".join(f"{name} {each.output_tokens_per_s:.1f}" for name, each in rounds[-1].figures.items())
-        print(f"  {plan.name} {number + 1}/{num_runs}: {rates} tokens/s", file=sys.stderr, flush=True)
     return rounds
 
 
@@ -50,6 +48,8 @@ def _round(plan: Plan, sides: Sequence[RunningSide], number: int) -> Round:
         answers, streams = side.run(requests)
         done.answers[side.name] = answers
         done.figures[side.name] = figures(requests, answers, streams=streams)
+        rate = done.figures[side.name].output_tokens_per_s
+        print(f"  {plan.name} {number + 1}: {side.name} {rate:.1f} tokens/s", file=sys.stderr, flush=True)
     return done
 
 
