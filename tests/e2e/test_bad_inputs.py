@@ -5,6 +5,7 @@ Expected codes, reasons and fields are written here by hand, from the contract.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -128,7 +129,23 @@ PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
     "prompt_logprobs -1": ({"text": "a", "response": {"prompt_logprobs": -1}}, INVALID, "response.prompt_logprobs"),
     "num_beams 2^31-1": ({"text": "a", "num_beams": 2**31 - 1}, INVALID, "num_beams"),
     "length_penalty NaN": ({"text": "a", **BEAMS, "beam": {"length_penalty": "NaN"}}, INVALID, "beam.length_penalty"),
-    "constraint": ({"text": "a", "constraint": {"regex": "(a+)+$"}}, UNSUPPORTED, "constraint"),
+    "repetitions of repetitions": (
+        {"text": "a", "constraint": {"regex": "(a{1000}){1000}"}},
+        INVALID,
+        "constraint.regex",
+    ),
+    "a back-reference": ({"text": "a", "constraint": {"regex": "(a)\\1"}}, UNSUPPORTED, "constraint.regex"),
+    "10^5 enum values": (
+        {"text": "a", "constraint": {"json_schema": json.dumps({"enum": list(range(100_000))})}},
+        INVALID,
+        "constraint.json_schema",
+    ),
+    "a keyword that cannot be enforced": (
+        {"text": "a", "constraint": {"json_schema": '{"uniqueItems": true}'}},
+        UNSUPPORTED,
+        "constraint.json_schema",
+    ),
+    "an empty constraint": ({"text": "a", "constraint": {}}, INVALID, "constraint"),
     "model ../x": ({"text": "a", "model": "../x"}, INVALID, "model"),
     "model /etc/passwd": ({"text": "a", "model": "/etc/passwd"}, INVALID, "model"),
     "model with NUL": ({"text": "a", "model": "a\0b"}, INVALID, "model"),
@@ -189,7 +206,11 @@ MESSAGES: dict[str, tuple[dict[str, Any], str, str]] = {
         INVALID,
         "options.template_parameters.eos_token",
     ),
-    "constraint": ({"messages": [USER], "options": {"constraint": {"regex": "a"}}}, UNSUPPORTED, "options.constraint"),
+    "constraint": (
+        {"messages": [USER], "options": {"constraint": {"regex": "(a"}}},
+        INVALID,
+        "options.constraint.regex",
+    ),
     "logprobs 21": ({"messages": [USER], "options": {"logprobs": 21}}, INVALID, "options.logprobs"),
     "model ../x": ({"messages": [USER], "model": "../x"}, INVALID, "model"),
 }

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from slipstream_server.inference.generation import Constraint
+
 
 class Priority(IntEnum):
     """Which queue a request waits in; lower runs first."""
@@ -127,6 +129,7 @@ class GenerateCall:
     beams: BeamChoice = BeamChoice()
     priority: Priority = Priority.NORMAL
     deadline_monotonic_s: float | None = None
+    constraint: Constraint | None = None
     forced_first_token_id: int | None = None
 
 

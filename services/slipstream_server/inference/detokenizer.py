@@ -50,6 +50,10 @@ class DetokenizerFactory:
             return _ByteLevelDetokenizer(self._bytes, skipped)
         return _ContextDetokenizer(self._tokenizer, skipped)
 
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """A token's bytes, where the tokenizer is byte-level."""
+        return None if self._bytes is None else self._bytes[token_id]
+
     def spell(self, token_id: int) -> str:
         """A token's text by itself, as in the middle of a text; remembered for each id of the vocabulary."""
         spelling = self._spellings.get(token_id)

@@ -56,6 +56,14 @@ class Beams(msgspec.Struct, frozen=True, kw_only=True):
     early_stopping: bool = False
 
 
+class Constraint(msgspec.Struct, frozen=True, kw_only=True):
+    """What every answer must match. ``choices`` for kind "choice", ``text`` for the others."""
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str = ""
+    choices: tuple[str, ...] = ()
+
+
 class AdapterPin(msgspec.Struct, frozen=True, kw_only=True):
     """An immutable adapter version: its digest, and the folder of verified files the worker may read."""
 
@@ -83,6 +91,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 1
     deadline_monotonic_s: float | None = None
     adapter: AdapterPin | None = None
+    constraint: Constraint | None = None
     forced_first_token_id: int | None = None
 
 

@@ -29,6 +29,7 @@ from slipstream_server.inference.calls import (
     TextPrompt,
     TokenPrompt,
 )
+from slipstream_server.inference.constraint_rules import check_constraint
 from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
 from slipstream_server.inference.generation import AdapterPin, Beams, GenerationRequest, Sampling, Stopping
 from slipstream_server.inference.stop_strings import check_stop_strings
@@ -104,6 +105,8 @@ def check_call(call: GenerateCall, limits: ResolveLimits) -> None:
     _check_stopping(call.stopping, limits)
     _check_response(call.response)
     _check_beams(call.beams)
+    if call.constraint is not None:
+        check_constraint(call.constraint)
 
 
 def resolve(
@@ -132,6 +135,7 @@ def resolve(
         priority=int(call.priority),
         deadline_monotonic_s=call.deadline_monotonic_s,
         adapter=adapter,
+        constraint=call.constraint,
         forced_first_token_id=call.forced_first_token_id,
     )
     for field, why in unsupported_with_beams(request):

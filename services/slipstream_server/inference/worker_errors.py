@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from slipstream_server.errors import InternalError, SlipstreamError
+import re
+
+from slipstream_server.errors import InternalError, InvalidRequest, SlipstreamError
 
 
 def _by_reason() -> dict[str, type[SlipstreamError]]:
@@ -19,8 +21,13 @@ def _by_reason() -> dict[str, type[SlipstreamError]]:
 
 
 _CLASSES = _by_reason()
+_FIELD = re.compile(r"([a-z_]+(?:[.\[][a-z0-9_.\[\]]+)?): ")
 
 
 def error_of(reason: str, message: str, *, retry_after_s: float | None = None) -> SlipstreamError:
     """The exception for a reason; InternalError for one that nobody knows."""
-    return _CLASSES.get(reason, InternalError)(message, retry_after_s=retry_after_s)
+    error_class = _CLASSES.get(reason, InternalError)
+    field = _FIELD.match(message)
+    if field is not None and issubclass(error_class, InvalidRequest):
+        return error_class.of(field[1], message[field.end() :])
+    return error_class(message, retry_after_s=retry_after_s)

@@ -327,7 +327,10 @@ Global___BeamOptions: _TypeAlias = BeamOptions  # noqa: Y015
 
 @_typing.final
 class Constraint(_message.Message):
-    """What the answer must match. UNSUPPORTED_FIELD where the batcher cannot enforce it."""
+    """What the answer must match. Only tokens that keep it on a matching text can be drawn, whatever bias or penalty says; where only the end
+    may follow, it follows, before min_new_tokens too. An answer cut short (max_new_tokens, a stop) may be incomplete. Not with num_beams
+    above 1. What cannot be enforced is refused: UNSUPPORTED_FIELD; INVALID_FIELD for what no text matches or what is too large.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -336,11 +339,18 @@ class Constraint(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema, as JSON text. At most 64 KiB."""
+    """A JSON schema (draft 2020-12), as JSON text. At most 64 KiB, 64 levels and 4,096 enum values. Properties come in the schema's order;
+    between tokens stands at most a space, or a line break and 16 spaces. Keywords that cannot be enforced (not, if, uniqueItems,
+    propertyNames, ...) and unknown formats are refused; words that are no keywords mean nothing, as in JSON Schema.
+    """
     regex: _builtins.str
-    """A regular expression without look-around or back-references. At most 4 KiB."""
+    """A regular expression that the whole answer matches, in the syntax of Rust's regex crate, which has no look-around or
+    back-references; ^ and $ only at its ends. At most 4 KiB, and 65,536 positions with its repetitions written out.
+    """
     grammar: _builtins.str
-    """A context-free grammar in EBNF. At most 64 KiB."""
+    """A context-free grammar in Lark's EBNF: rules in lower case, the first one `start`, terminals in upper case, %ignore and %import.
+    At most 64 KiB.
+    """
     @_builtins.property
     def choice(self) -> Global___ChoiceConstraint:
         """One of these texts."""

@@ -26,7 +26,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     """The sequence has not ended, or its end is not known."""
     FINISH_REASON_EOS_TOKEN: _FinishReason.ValueType  # 1
-    """The model produced its own end-of-sequence token."""
+    """The model produced its own end-of-sequence token; or, without one (ignore_eos), nothing more can follow under the constraint."""
     FINISH_REASON_STOP_TOKEN: _FinishReason.ValueType  # 2
     """A token of `stopping.stop_token_ids` was produced."""
     FINISH_REASON_STOP_STRING: _FinishReason.ValueType  # 3
@@ -44,7 +44,7 @@ class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 """The sequence has not ended, or its end is not known."""
 FINISH_REASON_EOS_TOKEN: FinishReason.ValueType  # 1
-"""The model produced its own end-of-sequence token."""
+"""The model produced its own end-of-sequence token; or, without one (ignore_eos), nothing more can follow under the constraint."""
 FINISH_REASON_STOP_TOKEN: FinishReason.ValueType  # 2
 """A token of `stopping.stop_token_ids` was produced."""
 FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 3

@@ -36,13 +36,14 @@ class Batch:
         order.
         """
         self._compact()
+        if self._chooser is None:
+            self._chooser = Chooser(self.rows, self._rules, self._traits.device)
+        self._chooser.prepare()
         if self._pass is None:
             self._pass = new_pass(self._traits, self.rows, self._slots)
             logits_RV = self._pass.prefill()
         else:
             logits_RV = self._pass.decode()
-        if self._chooser is None:
-            self._chooser = Chooser(self.rows, self._rules, self._traits.device)
         return self._chooser.choose(logits_RV)
 
     def release(self) -> None:

@@ -28,6 +28,8 @@ def unsupported_with_beams(request: GenerationRequest) -> list[tuple[str, str]]:
                 f"{request.num_return_sequences} is more than num_beams, which is {beams.num_beams}",
             )
         )
+    if request.constraint is not None:
+        found.append(("constraint", "not available with beam search"))
     if request.adapter is not None:
         found.append(("adapter", "not available with beam search"))
     return found

@@ -1,7 +1,9 @@
 """From a batch's logits to one token for each of its rows, every row by its own options.
 
 Greedy rows take the best score, sampled rows draw. Log probabilities are of the model's own distribution, in float32,
-before anything is done to it. A row whose scores leave nothing to choose (all banned, or the model answered NaN) is
+before anything is done to it. Guided rows have their grammar's mask laid over their scores after every other step and
+before sampling: no bias or rule brings a token back, and where only the end may follow it is allowed whatever bans it
+(min_new_tokens gives way). A row whose scores leave nothing to choose (all banned, or the model answered NaN) is
 told apart from the others. Shapes: R rows, V vocabulary.
 """
 
@@ -12,6 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from slipstream_server.errors import InternalError, InvalidField, SlipstreamError
+from slipstream_server.inference.engine.constraints import Guide, Masks
 from slipstream_server.inference.engine.core import Row
 from slipstream_server.inference.engine.drawing import Sampler
 from slipstream_server.inference.engine.processors import HouseRules, Processors
@@ -28,6 +32,17 @@ class Choices:
     is_broken: list[bool]
     is_exhausted: list[bool]
     logprobs: dict[int, TopLogprobs] = field(default_factory=dict)
+    problems: dict[int, str] = field(default_factory=dict)
+
+    def error_of(self, index: int) -> SlipstreamError | None:
+        """Why the row has no token, if it has none."""
+        if self.is_broken[index]:
+            return InternalError("the model's scores are not numbers")
+        if index in self.problems:
+            return InvalidField.of("constraint", self.problems[index])
+        if self.is_exhausted[index]:
+            return InvalidField.of("sampling", "its bans leave no token to choose from")
+        return None
 
 
 class Chooser:
@@ -36,9 +51,16 @@ class Chooser:
     def __init__(self, rows: Sequence[Row], rules: HouseRules, device: torch.device) -> None:
         self._processors = Processors(rows, rules)
         self._sampler = Sampler(rows, device)
+        self._guided = [(i, row.guide) for i, row in enumerate(rows) if isinstance(row.guide, Guide)]
+        self._masks = Masks([guide for _, guide in self._guided]) if self._guided else None
         self._wanted = [
             (index, row.request.logprobs) for index, row in enumerate(rows) if row.request.logprobs is not None
         ]
+
+    def prepare(self) -> None:
+        """Call before the forward pass: what does not need its logits is begun on another thread."""
+        if self._masks is not None:
+            self._masks.begin()
 
     def choose(self, logits_RV: torch.Tensor) -> Choices:
         """One token per row, from float32 or float64 logits, which are overwritten."""
@@ -48,13 +70,41 @@ class Chooser:
         broken_R = ~best_R.isfinite()
         if self._processors.are_needed:
             self._processors.apply(scores_RV)
+        if self._masks is not None:
+            self._apply_masks(scores_RV, self._masks)
+        if self._processors.are_needed or self._masks is not None:
             best_R, tokens_R = scores_RV.max(dim=1)
         usable_R = best_R.isfinite()
         if not bool(usable_R.all()):
             scores_RV[~usable_R] = 0.0
         self._sampler.choose(scores_RV, tokens_R)
         exhausted_R = ~(usable_R | broken_R)
-        return Choices(tokens_R.tolist(), broken_R.tolist(), exhausted_R.tolist(), self._logprobs_of(raw_WV, tokens_R))
+        return Choices(
+            tokens_R.tolist(),
+            broken_R.tolist(),
+            exhausted_R.tolist(),
+            self._logprobs_of(raw_WV, tokens_R),
+            self._problems(usable_R) if self._guided else {},
+        )
+
+    def _apply_masks(self, scores_RV: torch.Tensor, masks: Masks) -> None:
+        device = scores_RV.device
+        banned_GV = torch.from_numpy(masks.wait(scores_RV.shape[1])).to(device)
+        index_G = torch.tensor([index for index, _ in self._guided], device=device)
+        scores_RV[index_G] = scores_RV.index_select(0, index_G).masked_fill(banned_GV, -torch.inf)
+        for index, guide in self._guided:
+            if guide.is_complete and not bool(scores_RV[index].max().isfinite()):
+                scores_RV[index, [i for i in guide.ends if i < scores_RV.shape[1]]] = 0.0
+
+    def _problems(self, usable_R: torch.Tensor) -> dict[int, str]:
+        """Guided rows that cannot go on, and why."""
+        problems = {}
+        for index, guide in self._guided:
+            if guide.problem is not None:
+                problems[index] = guide.problem
+            elif not bool(usable_R[index]):
+                problems[index] = "together with the request's bans it leaves no token to choose from"
+        return problems
 
     def _logprobs_wanted(self, scores_RV: torch.Tensor) -> torch.Tensor | None:
         if not self._wanted:

@@ -21,20 +21,45 @@ TokenArray = npt.NDArray[np.int64]
 _FIRST_TOKEN_CAPACITY = 64
 
 
+class RowGuide(Protocol):
+    """A row's place in the grammar that its text must match."""
+
+    @property
+    def ends_itself(self) -> bool:
+        """Whether nothing may follow and the row has no end token to say so."""
+
+    def advance(self, token_id: int) -> None:
+        """Take the row's next token."""
+
+
 class Row:
     """One sequence: the context the model has seen (prompt, or the decoder's start token) and what was generated.
 
     ``context`` is what penalties and n-gram bans look at; it never holds padding.
     """
 
-    __slots__ = ("_eos", "_length", "_stops", "_tokens", "dropped", "finish_reason", "index", "num_context", "request")
+    __slots__ = (
+        "_eos",
+        "_length",
+        "_stops",
+        "_tokens",
+        "dropped",
+        "finish_reason",
+        "guide",
+        "index",
+        "num_context",
+        "request",
+    )
 
-    def __init__(self, request: GenerationRequest, index: int, context: TokenArray) -> None:
+    def __init__(
+        self, request: GenerationRequest, index: int, context: TokenArray, guide: RowGuide | None = None
+    ) -> None:
         self.request = request
         self.index = index
         self.num_context = len(context)
         self.finish_reason: FinishReason | None = None
         self.dropped = False
+        self.guide = guide
         self._tokens: TokenArray = np.empty(len(context) + _FIRST_TOKEN_CAPACITY, dtype=np.int64)
         self._tokens[: len(context)] = context
         self._length = len(context)
@@ -75,8 +100,17 @@ class Row:
             self.finish_reason = "eos_token"
         elif token_id in self._stops:
             self.finish_reason = "stop_token"
+        elif self._completes(token_id):
+            self.finish_reason = "eos_token"
         elif self.num_generated >= self.request.stopping.max_new_tokens:
             self.finish_reason = "length"
+
+    def _completes(self, token_id: int) -> bool:
+        """Move the guide on; whether the row is whole without an end token."""
+        if self.guide is None:
+            return False
+        self.guide.advance(token_id)
+        return self.guide.ends_itself
 
 
 @dataclass(slots=True, eq=False)

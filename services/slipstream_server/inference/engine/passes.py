@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
+from slipstream_server.errors import UnsupportedField
 from slipstream_server.inference.engine.adapters import AdapterSlots
 from slipstream_server.inference.engine.cache import new_cache, select_rows, trim_columns
-from slipstream_server.inference.engine.core import Row, TokenArray
+from slipstream_server.inference.engine.core import Row, RowGuide, TokenArray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +55,12 @@ class Traits:
             takes_logits_to_keep="logits_to_keep" in arguments,
         )
 
-    def new_row(self, request: Any, index: int) -> Row:
+    def new_row(self, request: Any, index: int, guide: RowGuide | None = None) -> Row:
         """A fresh row: its context is the prompt, or the decoder's start token."""
+        if request.constraint is not None and guide is None:
+            raise UnsupportedField.of("constraint", "this engine cannot enforce it")
         context = (self.decoder_start_token_id,) if self.is_encoder_decoder else request.prompt_token_ids
-        return Row(request, index, np.array(context, dtype=np.int64))
+        return Row(request, index, np.array(context, dtype=np.int64), guide)
 
 
 class Pass(Protocol):

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from slipstream_server.inference.engine.core import Row, TokenArray
-from slipstream_server.inference.generation import Sampling
+from slipstream_server.inference.generation import GenerationRequest, Sampling
 
 Picked = list[tuple[int, Row]]
 
@@ -45,6 +45,11 @@ class HouseRules:
             forced_first=getattr(generation_config, "forced_bos_token_id", None) if is_encoder_decoder else None,
             forced_last=_ids(generation_config, "forced_eos_token_id"),
         )
+
+    def num_forced_first(self, request: GenerationRequest) -> int:
+        """How many tokens at an answer's beginning are forced, whatever it is to say."""
+        wanted = request.forced_first_token_id
+        return int((self.forced_first if wanted is None else wanted) is not None)
 
     @property
     def is_empty(self) -> bool:
@@ -173,10 +178,11 @@ class Processors:
         rules, stopping = self._rules, row.request.stopping
         if row.num_generated == 0 and (first := self._first_forced(row)) is not None:
             return (first,)
-        if rules.forced_last and stopping.eos_token_ids and row.num_generated == stopping.max_new_tokens - 1:
+        # A grammar decides itself where its row may end.
+        may_force = bool(rules.forced_last and stopping.eos_token_ids) and row.guide is None
+        if may_force and row.num_generated == stopping.max_new_tokens - 1:
             return rules.forced_last
         return None
-
 
     def _first_forced(self, row: Row) -> int | None:
         wanted = row.request.forced_first_token_id

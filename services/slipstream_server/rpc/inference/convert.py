@@ -34,6 +34,7 @@ from slipstream_server.inference.calls import (
     TokenLogprob,
     TokenPrompt,
 )
+from slipstream_server.inference.generation import Constraint
 from slipstream_server.resource_names import ModelName, check_id
 
 MAX_MESSAGES = 4096
@@ -55,8 +56,6 @@ _PRIORITIES = {
 
 def generate_call(request: inference_pb2.GenerateRequest, deadline_monotonic_s: float | None) -> GenerateCall:
     """The request as the front takes it. InvalidField or UnsupportedField where protobuf alone shows it cannot be."""
-    if request.HasField("constraint"):
-        raise UnsupportedField.of("constraint", "the padded batcher cannot enforce a constraint; leave it unset")
     if request.priority not in _PRIORITIES:
         raise InvalidField.of("priority", f"{request.priority} is no value of slipstream.type.v1.Priority")
     return GenerateCall(
@@ -69,6 +68,7 @@ def generate_call(request: inference_pb2.GenerateRequest, deadline_monotonic_s: 
         beams=_beam_choice(request),
         priority=_PRIORITIES[request.priority],
         deadline_monotonic_s=deadline_monotonic_s,
+        constraint=_constraint(request.constraint) if request.HasField("constraint") else None,
     )
 
 
@@ -198,6 +198,20 @@ def _beam_choice(request: inference_pb2.GenerateRequest) -> BeamChoice:
         length_penalty=_or(request.beam, "length_penalty", None),
         early_stopping=_or(request.beam, "early_stopping", None),
     )
+
+
+def _constraint(constraint: generation_pb2.Constraint) -> Constraint:
+    match constraint.WhichOneof("kind"):
+        case "choice":
+            return Constraint(kind="choice", choices=tuple(constraint.choice.choices))
+        case "json_schema":
+            return Constraint(kind="json_schema", text=constraint.json_schema)
+        case "regex":
+            return Constraint(kind="regex", text=constraint.regex)
+        case "grammar":
+            return Constraint(kind="grammar", text=constraint.grammar)
+        case _:
+            raise InvalidField.of("constraint", "is empty; set one of json_schema, regex, choice and grammar")
 
 
 def _or(message: Message, field: str, default: Any) -> Any:
