@@ -82,8 +82,8 @@ def run_request(*texts: str, task: str = "text-classification", **parameters: An
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
     status = status_pb2.Status()
-    status.ParseFromString(dict(error.trailing_metadata() or ())["grpc-status-details-bin"])  # type: ignore[arg-type]
-    return info_of(status).reason
+    status.ParseFromString(dict(error.trailing_metadata() or ())["grpc-status-details-bin"])
+    return str(info_of(status).reason)
 
 
 def info_of(status: status_pb2.Status) -> error_details_pb2.ErrorInfo:

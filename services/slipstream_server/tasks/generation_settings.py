@@ -112,7 +112,7 @@ def _least(parameters: Mapping[str, Any], own: Mapping[str, Any], model: Writing
         return int(parameters["min_new_tokens"])
     if parameters["min_length"] is not None:
         return _without_start(parameters["min_length"], model)
-    least = _own(own, "min_new_tokens")
+    least: int | None = _own(own, "min_new_tokens")
     if least is None and (length := _own(own, "min_length")) is not None:
         least = _without_start(length, model)
     return least if least is None or most is None else min(least, most)
