@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow faults test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine proto clean
+.PHONY: help setup test lint format types imports unit slow faults test-parity test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ slow: $(STAMP) ## the tests that take minutes
 
 faults: $(STAMP) ## killed processes, full disks, crowds, slow readers: what must survive
 	$(BIN)/python -m pytest -m 'slow and not gpu' tests/faults $(PYTEST_ARGS)
+
+test-parity: $(STAMP) ## tasks against the pipelines of Transformers 4.57 (golden files) and of the installed release (live)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' tests/parity $(PYTEST_ARGS)
 
 test-clients: $(STAMP) ## the clients in other languages, against live services (needs Node)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)

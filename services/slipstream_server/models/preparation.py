@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from slipstream_server import errors
@@ -38,19 +39,24 @@ def run_preparation(
     Raises UnsafeWeights, CorruptArtifact, OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives
     the call.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "slipstream_server.models.prepare",
-        "--source",
-        str(source),
-        "--target",
-        str(target),
-        "--dtype",
-        dtype,
-    ]
+    arguments = ["--source", str(source), "--target", str(target), "--dtype", dtype]
     if tokenizer is not None:
-        command += ["--tokenizer", str(tokenizer)]
+        arguments += ["--tokenizer", str(tokenizer)]
+    return _run("slipstream_server.models.prepare", arguments)
+
+
+def run_sentiment_recipe(base: Path, data: Path, target: Path) -> dict[str, str]:
+    """Fill the folder ``target`` with ``base``, fine-tuned on the sentences in ``data``; returns what came of it.
+
+    Raises OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives the call.
+    """
+    arguments = ["--base", str(base), "--data", str(data), "--target", str(target)]
+    return _run("slipstream_server.models.sentiment", arguments)
+
+
+def _run(module: str, arguments: Sequence[str]) -> dict[str, str]:
+    """The last line that the module's program writes, which is a JSON object."""
+    command = [sys.executable, "-m", module, *arguments]
     # Whatever transformers would fetch of its own accord, it must not.
     environment = {
         **os.environ,

