@@ -19,7 +19,7 @@ from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.padded import PaddedEngine
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.generation import Constraint, GenerationRequest, Sampling, Stopping
-from unit.models.tokenizer_folders import byte_level, save_folder
+from unit.models.tokenizer_folders import KINDS, byte_level, save_folder
 
 EOS = 1
 VOCAB = 400
@@ -215,3 +215,15 @@ def test_without_grammars_a_constraint_is_refused_by_name() -> None:
 def test_what_is_too_much_is_refused_before_it_is_compiled(kind: Any, text: str, choices: tuple[str, ...]) -> None:
     with pytest.raises(InvalidRequest, match=r"^constraint\."):
         check_constraint(Constraint(kind=kind, text=text, choices=choices))
+
+
+@pytest.mark.parametrize(("kind", "encodes"), [("byte_fallback", False), ("metaspace", True)])
+def test_other_tokenizers_and_encoder_decoders(model: Any, kind: str, encodes: bool, tmp_path: Path) -> None:
+    runs = tiny_model("bart") if encodes else model
+    end = runs.generation_config.eos_token_id
+    folder = save_folder(tmp_path / kind, KINDS[kind]())
+    made = bench(runs, Grammars(folder, runs.config.vocab_size))
+    stopping = Stopping(max_new_tokens=60, eos_token_ids=(end,))
+    (answer,) = run(made, asked("regex", "(he|lo){2,5}", stopping=stopping))
+    assert answer.failure is None
+    assert re.fullmatch("(he|lo){2,5}", text_of(folder, answer.tokens[0]))

@@ -69,7 +69,8 @@ class Vocabulary:
         unknown = range(len(tokens), vocab_size)
         tokens += [b"" for _ in unknown]
         self.special_ids = tokenizer.special_ids | frozenset(unknown)
-        self.words: Any = LLTokenizer(_Words(tokens, sorted(self.special_ids)))
+        words: Any = _Words(tokens, sorted(self.special_ids))
+        self.words = LLTokenizer(words)
         self.num_words = -(-(len(tokens) + 1) // 32)
         self.not_first = np.array([spelled.loses_space(i, token) for i, token in enumerate(tokens)], dtype=np.bool_)
 
