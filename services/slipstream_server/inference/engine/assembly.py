@@ -7,17 +7,28 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import torch
 import transformers
 
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
 from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
+from slipstream_server.inference.engine.constraints import Grammars
+from slipstream_server.inference.engine.continuous import ContinuousEngine
+from slipstream_server.inference.engine.continuous_scheduler import StepLimits
+from slipstream_server.inference.engine.core import Engine
+from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 from slipstream_server.inference.engine.lora_slots import LoraSlots
 from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
 from slipstream_server.inference.engine.padded import PaddedEngine
+from slipstream_server.inference.engine.packed_pass import PackedModel
+from slipstream_server.inference.engine.paged_attention import ATTENTION, UnsupportedAttention
+from slipstream_server.inference.engine.passes import Traits
+from slipstream_server.inference.engine.sequences import blocks_for
 from slipstream_server.inference.generation import Failed, Finished, GenerationRequest, Ready, Sampling, Stopping
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.loading import LoadedModel, load_model
@@ -27,10 +38,12 @@ logger = logging.getLogger(__name__)
 Report = Callable[[float, str], None]
 
 _WARM_UP_ID = -1
+_CPU_STEP_TOKENS = 256
+_GPU_STEP_TOKENS = 2048
 _WARM_UP_TIMEOUT_S = 300.0
 
 
-def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> tuple[PaddedEngine, Ready]:
+def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> tuple[Engine, Ready]:
     """Load the model and build its engine; raises a SlipstreamError that says why it cannot be."""
     if config.model_folder is None:
         raise ModelLoadFailed("no model folder is given")
@@ -41,10 +54,60 @@ def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> 
     loaded = load_model(config.model_folder, config.load)
     report(0.8, "preparing the model")
     packed = pack_linears(loaded.model) if config.packed_linears and loaded.device.type == "cpu" else 0
+    traits = Traits.of(loaded.model)
+    slots = _slots(loaded.model, config)
+    grammars = Grammars(config.model_folder, traits.vocab_size)
     report(0.9, "first step")
+    if config.engine == "continuous":
+        try:
+            return _continuous(PackedModel(traits), config, slots, grammars, loaded, packed)
+        except UnsupportedAttention as why:
+            logger.warning("the model is served by padded batches: continuous ones do not support %s", why)
+            reason = {"batching_reason": f"continuous batching does not support {why}"}
+            config = msgspec.structs.replace(config, engine="padded")
+            return _padded(config, slots, grammars, poll, loaded), _ready(loaded, config, packed, reason)
+    return _padded(config, slots, grammars, poll, loaded), _ready(loaded, config, packed)
+
+
+def _padded(
+    config: WorkerConfig, slots: AdapterSlots, grammars: Grammars, poll: Callable[[], None], loaded: LoadedModel
+) -> Engine:
     warm_up(PaddedEngine(loaded.model, config.limits()))
-    engine = PaddedEngine(loaded.model, config.limits(), slots=_slots(loaded.model, config), poll=poll)
-    return engine, _ready(loaded, config, packed)
+    return PaddedEngine(loaded.model, config.limits(), slots=slots, grammars=grammars, poll=poll)
+
+
+def _continuous(
+    model: PackedModel,
+    config: WorkerConfig,
+    slots: AdapterSlots,
+    grammars: Grammars,
+    loaded: LoadedModel,
+    num_packed: int,
+) -> tuple[Engine, Ready]:
+    step_tokens = config.max_step_tokens or (_CPU_STEP_TOKENS if loaded.device.type == "cpu" else _GPU_STEP_TOKENS)
+    limits = StepLimits(max_running=config.max_batch_size, max_step_tokens=step_tokens)
+    context_tokens = model.traits.context_tokens or config.max_batch_tokens
+    num_blocks = blocks_for(min(config.max_batch_tokens, config.max_batch_size * context_tokens))
+    warm_up(ContinuousEngine(model, limits, num_blocks=1))
+    engine = ContinuousEngine(
+        model,
+        limits,
+        num_blocks,
+        slots=slots,
+        grammars=grammars,
+        prefix_caching=config.prefix_caching,
+        max_draft_tokens=config.max_draft_tokens,
+    )
+    facts = {
+        "max_step_tokens": str(step_tokens),
+        "kv_capacity_tokens": str(num_blocks * BLOCK_TOKENS),
+        "prefix_caching": str(config.prefix_caching).lower(),
+        "max_draft_tokens": str(config.max_draft_tokens),
+    }
+    ready = _ready(loaded, config, num_packed, facts)
+    return engine, msgspec.structs.replace(
+        ready, attention=ATTENTION, memory_bytes=ready.memory_bytes + num_blocks * model.block_bytes
+    )
 
 
 def _slots(model: Any, config: WorkerConfig) -> AdapterSlots:
@@ -53,7 +116,7 @@ def _slots(model: Any, config: WorkerConfig) -> AdapterSlots:
     return LoraSlots(model, num_slots=config.adapter_slots, max_rank=config.max_adapter_rank)
 
 
-def warm_up(engine: PaddedEngine) -> None:
+def warm_up(engine: Engine) -> None:
     """Generate two tokens, so that whatever is allocated or compiled on first use is there, and a broken model is
     found out now.
     """
@@ -75,7 +138,9 @@ def _warm_up_failure(event: Failed) -> SlipstreamError:
     return ModelLoadFailed(f"the model's first step failed: {event.message}")
 
 
-def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
+def _ready(
+    loaded: LoadedModel, config: WorkerConfig, num_packed: int, further: Mapping[str, str] = MappingProxyType({})
+) -> Ready:
     return Ready(
         device=str(loaded.device),
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -92,5 +157,6 @@ def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
             "max_adapter_rank": str(config.max_adapter_rank),
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
+            **further,
         },
     )
