@@ -24,4 +24,5 @@ def print_table(lines: Sequence[dict[str, Any]]) -> None:
             f"{line['ratio_median']:.2f}", f"{line['ratio_min']:.2f} to {line['ratio_max']:.2f}",
             str(line["runs"]), f"{line['same_answers']:.0%}",
         )  # fmt: skip
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
