@@ -27,6 +27,8 @@ from slipstream_server.tasks.specs import Parameter, ParameterType, TaskSpec
 
 _ANY_TRANSFORMER = ("encoder", "decoder", "encoder_decoder")
 _MAX_COUNT = 100_000
+_MAX_WINDOW_TOKENS = 2048
+"""Every start is weighed against every end: 16 MiB for a window of this length."""
 
 
 def _top_k(default: int | None, what: str) -> Parameter:
@@ -195,7 +197,7 @@ QUESTION_ANSWERING = TaskSpec(
             ),
             type=ParameterType.INT,
             min_value=1,
-            max_value=_MAX_COUNT,
+            max_value=_MAX_WINDOW_TOKENS,
         ),
         _top_k(1, "answers"),
     ),
