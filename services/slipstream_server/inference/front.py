@@ -406,7 +406,7 @@ class InferenceFront:
         return WriterRun(
             task.spec,
             model=model.plan.name,
-            adapter=call.adapter,
+            adapter=adapter.version if adapter else call.adapter,  # an alias that moves meanwhile changes nothing
             adapter_version=adapter.version if adapter else "",
             parameters=parameters,
             shape=shape,
