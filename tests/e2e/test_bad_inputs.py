@@ -134,14 +134,13 @@ PROMPTS: dict[str, tuple[dict[str, Any], str, str]] = {
         INVALID,
         "constraint.regex",
     ),
-    "a back-reference": ({"text": "a", "constraint": {"regex": "(a)\\1"}}, UNSUPPORTED, "constraint.regex"),
     "10^5 enum values": (
         {"text": "a", "constraint": {"json_schema": json.dumps({"enum": list(range(100_000))})}},
         INVALID,
         "constraint.json_schema",
     ),
-    "a keyword that cannot be enforced": (
-        {"text": "a", "constraint": {"json_schema": '{"uniqueItems": true}'}},
+    "no keyword of JSON Schema": (
+        {"text": "a", "constraint": {"json_schema": '{"x-guidance": {}}'}},
         UNSUPPORTED,
         "constraint.json_schema",
     ),
@@ -207,7 +206,7 @@ MESSAGES: dict[str, tuple[dict[str, Any], str, str]] = {
         "options.template_parameters.eos_token",
     ),
     "constraint": (
-        {"messages": [USER], "options": {"constraint": {"regex": "(a"}}},
+        {"messages": [USER], "options": {"constraint": {"regex": "(a{999}){999}"}}},
         INVALID,
         "options.constraint.regex",
     ),
