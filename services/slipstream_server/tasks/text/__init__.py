@@ -1,4 +1,3 @@
 """Tasks on text that do not write text: what they make of texts, what the model does, and what comes of its output.
-
-The worker's own room, with torch; every file but ``model``, ``embedding`` and ``fill_mask`` does without it.
+The worker's own room, with torch.
 """
