@@ -10,7 +10,7 @@ long_beside_short   12 short prompts that generate, 4 of 1,024 to 1,536 tokens t
 
 grpc is the real service through its client, engine the same engine without anything around it. Each side is a program
 of its own that stays loaded; all but the service stand still while another runs. A ratio is ours over theirs, larger is
-better (latencies count as 1/ms). A side that generates another number of tokens than was asked for ends the bench.
+better (latencies count as 1/s). A side that generates another number of tokens than was asked for ends the bench.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ class Figures:
     cached_prompt_tokens: int | None
 
     def rate(self, measure: str) -> float:
-        """The measure as a rate, so that larger is better: latencies become 1/ms."""
+        """The measure as a rate, so that larger is better: latencies become 1/s."""
         if measure == "output_tokens_per_s":
             return self.output_tokens_per_s
-        return 1 / max(self.latencies_ms[measure], 1e-6)
+        return 1000 / max(self.latencies_ms[measure], 1e-3)
 
 
 def figures(requests: Sequence[Request], answers: Sequence[Answer], *, streams: bool) -> Figures:

@@ -89,7 +89,7 @@ def _line(
         versus=theirs.name,
         ours=[each.rate(measure) for each in our_figures],
         theirs=[each.rate(measure) for each in their_figures],
-        unit="output tokens/s" if measure == "output_tokens_per_s" else "1/ms",
+        unit="output tokens/s" if measure == "output_tokens_per_s" else "1/s",
         seed=SEED,
         device=device,
         dtype=dtype,

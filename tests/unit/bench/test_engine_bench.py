@@ -94,7 +94,7 @@ def test_figures_by_hand() -> None:
     assert found.latencies_ms["itl_p50_ms"] == 1000  # of 500, 1000 and 2000
     assert found.latencies_ms["short_itl_p50_ms"] == 750
     assert found.latencies_ms["long_e2e_p50_ms"] == 4000
-    assert found.rate("ttft_p50_ms") == pytest.approx(1 / 1250)
+    assert found.rate("ttft_p50_ms") == pytest.approx(1 / 1.25)
 
 
 def test_too_few_tokens_are_no_speed() -> None:
