@@ -104,10 +104,29 @@ class InferenceConfig(_ServiceConfig):
         choices=("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
     batching: str = setting(
-        "padded", "how generation is batched; null: no model runs, for measuring the rest", choices=("padded", "null")
+        "auto",
+        "how generation is batched; auto: continuous where the model can; null: no model runs, for measuring the rest",
+        choices=("auto", "continuous", "padded", "null"),
     )
-    max_batch_size: int = setting(16, "most sequences in one batch", minimum=1, maximum=4_096)
-    max_batch_tokens: int = setting(16_384, "most tokens, padding included, in one batch", minimum=1, maximum=1 << 24)
+    max_batch_size: int | None = setting(
+        None, "most sequences in one batch; unset: 64 where it is continuous, else 16", minimum=1, maximum=4_096
+    )
+    max_batch_tokens: int | None = setting(
+        None,
+        "tokens that a batch holds, padding included; unset: 32,768 where it is continuous, else 16,384",
+        minimum=1,
+        maximum=1 << 24,
+    )
+    max_step_tokens: int | None = setting(
+        None,
+        "most tokens in a step of a continuous batch; unset: 256 on a CPU, else 2,048",
+        minimum=1,
+        maximum=1 << 20,
+    )
+    max_draft_tokens: int = setting(
+        0, "tokens guessed from the text and verified in one step (prompt lookup); 0: none", minimum=0, maximum=64
+    )
+    prefix_caching: bool = setting(True, "keep keys and values of prompts for others that begin alike")
     max_queue_delay_ms: float = setting(5.0, "longest wait for a batch to fill", minimum=0, maximum=60_000)
     max_queued_requests: int = setting(1_024, "requests that may wait per model", minimum=1, maximum=1_000_000)
     max_queued_tokens: int = setting(1 << 20, "prompt tokens that may wait per model", minimum=1, maximum=1 << 32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final, cast, get_args
+from typing import Final, get_args
 
 from slipstream_server.errors import UnsupportedField
 from slipstream_server.inference.worker_config import EngineName
@@ -32,7 +32,7 @@ def engine_for(facts: ModelFacts, asked: str, configured: str) -> EngineName:
         )
     if asked == PADDED or not runs_continuously(facts) or (not asked and configured == PADDED):
         return PADDED
-    return cast(EngineName, CONTINUOUS)
+    return CONTINUOUS
 
 
 def runs_continuously(facts: ModelFacts) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from slipstream_server.errors import InvalidField, UnsupportedField
+from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for, kind
 from slipstream_server.inference.load_choice import BALANCED, STORED_QUANTIZATIONS, LoadChoice
 from slipstream_server.inference.served_model import ModelPlan
@@ -21,7 +22,10 @@ from slipstream_server.models.sources import PreparedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingDefaults:
-    """The operator's choices, where a load says nothing. ``tokenizer``: a source, in place of the models' own."""
+    """The operator's choices, where a load says nothing. ``tokenizer``: a source, in place of the models' own.
+
+    ``max_batch_size`` and ``max_batch_tokens`` None: as the engine has them.
+    """
 
     device: str = "auto"
     device_map: str | None = None
@@ -29,8 +33,11 @@ class ServingDefaults:
     quantization: str = "none"
     attention: str = "auto"
     batching: str = "auto"
-    max_batch_size: int = 16
-    max_batch_tokens: int = 16_384
+    max_batch_size: int | None = None
+    max_batch_tokens: int | None = None
+    max_step_tokens: int | None = None
+    max_draft_tokens: int = 0
+    prefix_caching: bool = True
     max_queue_delay_ms: float = 5.0
     threads: int = 0
     adapter_slots: int = 8
@@ -39,6 +46,10 @@ class ServingDefaults:
     tokenizer: str | None = None
     log_level: str = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
+
+
+# Sequences of a continuous batch cost what they are long: more of them fit than rows of one rectangle.
+_CONTINUOUS_BATCH = BatchLimits(max_batch_size=64, max_batch_tokens=32_768)
 
 
 def plan_of(
@@ -54,13 +65,17 @@ def plan_of(
     tasks = served_tasks(facts, load) if engine == TASKS else ()
     if engine == TASKS and not tasks:
         raise UnsupportedField.of("name", f"a {kind(facts)} can do no task that this build knows")
+    usual = _CONTINUOUS_BATCH if engine == CONTINUOUS else BatchLimits()
     worker = WorkerConfig(
         model_folder=prepared.folder,
         load=load,
         engine=engine,
         tasks=tasks,
-        max_batch_size=choice.max_running_sequences or defaults.max_batch_size,
-        max_batch_tokens=defaults.max_batch_tokens,
+        max_batch_size=choice.max_running_sequences or defaults.max_batch_size or usual.max_batch_size,
+        max_batch_tokens=defaults.max_batch_tokens or usual.max_batch_tokens,
+        max_step_tokens=defaults.max_step_tokens or 0,
+        max_draft_tokens=defaults.max_draft_tokens,
+        prefix_caching=defaults.prefix_caching if choice.prefix_caching is None else choice.prefix_caching,
         max_queue_delay_ms=defaults.max_queue_delay_ms,
         threads=defaults.threads,
         adapter_slots=_or(choice.adapter_slot_count, defaults.adapter_slots),

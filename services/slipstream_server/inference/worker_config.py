@@ -14,7 +14,7 @@ import msgspec
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.models.load_options import LoadOptions
 
-EngineName = Literal["padded", "tasks", "null"]
+EngineName = Literal["padded", "continuous", "tasks", "null"]
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -23,6 +23,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``threads`` 0: one for each core the process may use. ``packed_linears``: on a CPU, keep linear weights in oneDNN's
     own layout as well, where that gives the same products (faster; their memory once more). ``adapter_slots``:
     adapters held on the device at once, which is also the most that one batch mixes; 0 for a model without adapters.
+    ``max_batch_tokens`` is what padded tensors may grow to, or what the blocks of a continuous batch hold.
+    ``max_step_tokens`` (0: by device) bounds one step of a continuous batch, ``max_draft_tokens`` its guesses.
     ``tasks``: the ids of those that the engine "tasks" runs, all with one head.
     """
 
@@ -33,6 +35,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_batch_size: int = 16
     max_batch_tokens: int = 16384
     max_queue_delay_ms: float = 5.0
+    max_step_tokens: int = 0
+    max_draft_tokens: int = 0
+    prefix_caching: bool = True
     threads: int = 0
     packed_linears: bool = True
     adapter_slots: int = 8
@@ -45,6 +50,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise ValueError("model_folder is needed by every engine but null")
         for name, value, least in (
             ("threads", self.threads, 0),
+            ("max_step_tokens", self.max_step_tokens, 0),
+            ("max_draft_tokens", self.max_draft_tokens, 0),
             ("adapter_slots", self.adapter_slots, 0),
             ("max_adapter_rank", self.max_adapter_rank, 1),
         ):

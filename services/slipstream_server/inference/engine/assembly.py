@@ -23,9 +23,9 @@ from slipstream_server.inference.engine.continuous_scheduler import StepLimits
 from slipstream_server.inference.engine.core import Engine
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 from slipstream_server.inference.engine.lora_slots import LoraSlots
+from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
 from slipstream_server.inference.engine.padded import PaddedEngine
-from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.paged_attention import ATTENTION, UnsupportedAttention
 from slipstream_server.inference.engine.passes import Traits
 from slipstream_server.inference.engine.sequences import blocks_for

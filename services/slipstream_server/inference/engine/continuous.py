@@ -21,9 +21,11 @@ import torch
 
 from slipstream_server.errors import DeadlineExceeded, OutOfMemory
 from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
+from slipstream_server.inference.engine.anteroom import Anteroom
 from slipstream_server.inference.engine.beam_turns import BeamTurns
 from slipstream_server.inference.engine.checks import refusal
 from slipstream_server.inference.engine.choosing import Chooser, top_logprobs
+from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
 from slipstream_server.inference.engine.core import Generation, Row
 from slipstream_server.inference.engine.drafting import draft
@@ -56,6 +58,7 @@ class ContinuousEngine:
         num_blocks: int,
         *,
         slots: AdapterSlots | None = None,
+        grammars: Grammars | None = None,
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -70,6 +73,7 @@ class ContinuousEngine:
             limits, self._pool, prefix_caching=prefix_caching, may_join=self._may_join
         )
         self._beams = BeamTurns(model)
+        self._anteroom = Anteroom(grammars, clock=clock)
         self._max_draft_tokens = max_draft_tokens
         self._clock = clock
         self._outbox = Outbox(clock)
@@ -99,13 +103,14 @@ class ContinuousEngine:
             )
         if problem is not None:
             self._outbox.fail(request.id, problem)
-        elif request.id in self._ledger:
+        elif request.id in self._ledger or request.id in self._anteroom:
             logger.error("request id %d is in use already; the second one is ignored", request.id)
-        else:
+        elif not self._anteroom.enter(request):
             self._enter(request)
 
     def cancel(self, request_id: int) -> None:
         """Forget a request; its blocks are free before the next forward."""
+        self._anteroom.forget(request_id)
         self._ledger.cancel(request_id)
 
     def end_sequence(self, request_id: int, index: int) -> None:
@@ -115,6 +120,7 @@ class ContinuousEngine:
     def step(self) -> list[Event]:
         """Schedule, run, choose, hand out."""
         with torch.inference_mode():
+            self._take_compiled()
             self._drop_expired()
             self._let_go()
             plan = self._scheduler.plan(self._draft)
@@ -129,9 +135,9 @@ class ContinuousEngine:
         return self._outbox.take()
 
     def wait_s(self) -> float | None:
-        """0 while there is anything to run or to say, else None."""
+        """0 while there is anything to run or to say, else until a grammar may be compiled; None for nothing at all."""
         is_busy = self._scheduler.has_work or self._beams.has_work or self._outbox.has_events
-        return 0.0 if is_busy else None
+        return 0.0 if is_busy else self._anteroom.wait_s()
 
     def check_integrity(self) -> None:
         """Assert that blocks, sequences and requests agree."""
@@ -148,7 +154,8 @@ class ContinuousEngine:
             assert not self._admitted | self._holding, "requests are counted that have ended"
 
     def _enter(self, request: GenerationRequest) -> None:
-        rows = [self._traits.new_row(request, index) for index in range(request.num_return_sequences)]
+        guides = self._anteroom.guides(request, skips=self._rules.num_forced_first(request))
+        rows = [self._traits.new_row(request, index, guide) for index, guide in enumerate(guides)]
         generation = Generation(request, rows)
         self._ledger.enter(generation)
         if request.beams.num_beams > 1:
@@ -157,6 +164,13 @@ class ContinuousEngine:
         now_s = self._clock()
         for row in rows:
             self._scheduler.add(KVSequence(generation, row, now_s))
+
+    def _take_compiled(self) -> None:
+        """Requests whose grammar is compiled now wait like all others; those whose grammar is refused end."""
+        for request in self._anteroom.take_ready():
+            self._enter(request)
+        for request_id, error in self._anteroom.take_failed(self._clock()):
+            self._outbox.fail(request_id, error)
 
     def _may_join(self, sequence: KVSequence) -> bool:
         """Hold the adapter of a request that is about to join; False where there is no place, or where it fails."""
@@ -203,6 +217,7 @@ class ContinuousEngine:
             return
         plain = [c for c in chunks if c.gives_token and not c.drafts]
         chooser = self._chooser_of([chunk.sequence.row for chunk in plain])
+        chooser.prepare()
         logits_MV = self._model.run(chunks, self._slots)
         places = _last_places(chunks)
         for chunk in chunks:
@@ -228,7 +243,7 @@ class ContinuousEngine:
         return self._chooser[1]
 
     def _draft(self, sequence: KVSequence) -> tuple[int, ...]:
-        if not self._max_draft_tokens:
+        if not self._max_draft_tokens or not self._rules.is_empty:
             return ()
         return draft(sequence.row, self._max_draft_tokens)
 
@@ -280,7 +295,7 @@ class ContinuousEngine:
         self._outbox.report(
             Gauges(
                 num_running=num_running,
-                num_waiting=len(self._ledger) - num_running,
+                num_waiting=len(self._ledger) + len(self._anteroom) - num_running,
                 kv_tokens=self._pool.num_held * BLOCK_TOKENS,
                 kv_capacity_tokens=self._pool.num_blocks * BLOCK_TOKENS,
                 prefix_queries=scheduler.num_prefix_queries,

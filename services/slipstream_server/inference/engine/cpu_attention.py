@@ -1,9 +1,9 @@
 """Attention on a CPU straight from KV blocks: no gathering, no padding, each sequence at its own length.
 
 Compiled by Numba once per dtype and kept in its cache. Reads K transposed within a block, so that the scores of one
-query and a whole block come out of whole vectors; Why so, on two cores in float32: beside dense slots and scaled_dot_product_attention
-it is as fast where all sequences are equally long (16 rows of 150: 10 ms against 13 for 30 layers; 48 rows: 25
-against 33), and ahead by their padding where they are not; and blocks make shared prefixes free.
+query and a whole block come out of whole vectors. Why so, on two cores in float32: beside dense slots and
+scaled_dot_product_attention it is as fast where all sequences are equally long (16 rows of 150: 10 ms against 13 for
+30 layers; 48 rows: 25 against 33) and ahead by their padding where they are not; and blocks make prefixes free.
 
 Shapes: N tokens of the step, S sequences, H query heads in groups of G for each of K key heads, D head size (a
 multiple of 8), B blocks, L tokens in a block.

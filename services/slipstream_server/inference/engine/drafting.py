@@ -45,4 +45,6 @@ def _is_plainly_greedy(row: Row) -> bool:
         and not sampling.no_repeat_ngram_size
         and request.stopping.min_new_tokens <= row.num_generated
         and request.logprobs is None
+        and request.forced_first_token_id is None
+        and row.guide is None
     )
