@@ -15,14 +15,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 LANGUAGES = (
-    "ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV my_MM ne_NP nl_XX "
-    "ro_RO ru_RU si_LK tr_TR vi_VN zh_CN"
-).split()
+    "ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN", "it_IT", "ja_XX", "kk_KZ",
+    "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO", "ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN",
+)  # fmt: skip
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 _WORDS = (
-    "the a of and to in is it that was he for on are with as his they be at one have this from or had by hot word but "
-    "summar ize trans late English German French house sea ship sail storm light"
-).split()
+    "the", "a", "of", "and", "to", "in", "is", "it", "that", "was", "he", "for", "on", "are", "with", "as", "his",
+    "they", "be", "at", "one", "have", "this", "from", "or", "had", "by", "hot", "word", "but", "summar", "ize",
+    "trans", "late", "English", "German", "French", "house", "sea", "ship", "sail", "storm", "light",
+)  # fmt: skip
 _VOCAB_SIZE = 160
 
 _SIZES = {
@@ -52,8 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "class": "BartForConditionalGeneration",
         "config": {**_SIZES, "decoder_start_token_id": 2, "scale_embedding": False},
         "generation": {
-            "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "forced_bos_token_id": 0,
-            "forced_eos_token_id": 2, "max_length": 24, "min_length": 6, "num_beams": 3, "no_repeat_ngram_size": 3,
+            "decoder_start_token_id": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+            "forced_bos_token_id": 0, "forced_eos_token_id": 2, "max_length": 24, "min_length": 6,
+            "num_beams": 3, "no_repeat_ngram_size": 3,
         },
     },
     "mbart": {

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.parity.seq2seq_models import MODELS, write_model
 
 from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.task_calls import TaskCall
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import read_facts
 from slipstream_server.tasks.items import GeneratedTextResult, TextInput
-from tests.parity.seq2seq_models import MODELS, write_model
 
 GOLDEN = json.loads(Path(__file__).with_name("golden_generation.json").read_text(encoding="utf-8"))
 

@@ -1,4 +1,3 @@
-
 """Checks a configuration against the transformers class that it is for: ``python -m slipstream_server.models.examine``.
 
 A subprocess (see ``tool_side``): reads what a stranger wrote, and needs the configuration classes of transformers,

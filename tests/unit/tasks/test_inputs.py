@@ -118,7 +118,6 @@ def test_what_is_broken_is_refused_by_field(item: TaskInput, field: str) -> None
 
 def test_kinds_and_numbers_of_inputs() -> None:
     check_kinds(SPEC, [TextInput("a"), TextPairInput("a", "b")])
-    broken: list[tuple[list[TaskInput], str]]
     for wrong, field in (([], "inputs"), ([TextInput("a")] * 1025, "inputs"), ([TextInput("a"), SOUND], "inputs[1]")):
         with pytest.raises(InvalidField) as caught:
             check_kinds(SPEC, wrong)
