@@ -21,6 +21,8 @@ from slipstream_server.inference.engine.drawing import Sampler
 from slipstream_server.inference.engine.processors import HouseRules, Processors
 from slipstream_server.inference.generation import TopLogprobs
 
+NOT_NUMBERS = "the model's scores are not numbers"
+
 
 @dataclass(frozen=True, slots=True)
 class Choices:
@@ -37,7 +39,7 @@ class Choices:
     def error_of(self, index: int) -> SlipstreamError | None:
         """Why the row has no token, if it has none."""
         if self.is_broken[index]:
-            return InternalError("the model's scores are not numbers")
+            return InternalError(NOT_NUMBERS)
         if index in self.problems:
             return InvalidField.of("constraint", self.problems[index])
         if self.is_exhausted[index]:

@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from slipstream_server.errors import DeadlineExceeded, OutOfMemory
+from slipstream_server.errors import DeadlineExceeded, InternalError, OutOfMemory
 from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
 from slipstream_server.inference.engine.anteroom import Anteroom
 from slipstream_server.inference.engine.beam_turns import BeamTurns
 from slipstream_server.inference.engine.checks import refusal
-from slipstream_server.inference.engine.choosing import Chooser, top_logprobs
+from slipstream_server.inference.engine.choosing import NOT_NUMBERS, Chooser, top_logprobs
 from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
 from slipstream_server.inference.engine.core import Generation, Row
@@ -172,12 +172,12 @@ class ContinuousEngine:
         for request_id, error in self._anteroom.take_failed(self._clock()):
             self._outbox.fail(request_id, error)
 
-    def _may_join(self, sequence: KVSequence) -> bool:
+    def _may_join(self, sequence: KVSequence, places_are_short: bool) -> bool:
         """Hold the adapter of a request that is about to join; False where there is no place, or where it fails."""
         request = sequence.row.request
         if request.adapter is None or request.id in self._holding:
             return True
-        if not sequence.row.is_live or not self._slots.may_hold(request.adapter):
+        if places_are_short or not sequence.row.is_live or not self._slots.may_hold(request.adapter):
             return False
         try:
             self._slots.hold(request.adapter)
@@ -229,12 +229,12 @@ class ContinuousEngine:
         choices = chooser.choose(logits_MV if is_whole else logits_MV.index_select(0, index_R)) if plain else None
         # Nothing can fail from here on.
         for chunk in chunks:
-            self._scheduler.commit(chunk, max(0, len(accepted.get(chunk, ())) - 1))
+            if chunk not in accepted:
+                self._scheduler.commit(chunk)
         if choices is not None:
             self._ledger.take([chunk.sequence.row for chunk in plain], choices)
         for chunk, tokens in accepted.items():
-            self._outbox.totals.draft_tokens += len(chunk.drafts)
-            self._outbox.totals.accepted_draft_tokens += self._ledger.append(chunk.sequence.row, tokens) - 1
+            self._take_drafted(chunk, tokens)
 
     def _chooser_of(self, rows: list[Row]) -> Chooser:
         """The rows' chooser, made anew only when they have changed."""
@@ -243,17 +243,35 @@ class ContinuousEngine:
         return self._chooser[1]
 
     def _draft(self, sequence: KVSequence) -> tuple[int, ...]:
-        if not self._max_draft_tokens or not self._rules.is_empty:
+        if not self._max_draft_tokens or not self._rules.is_empty or sequence.wants_prompt_logits:
             return ()
         return draft(sequence.row, self._max_draft_tokens)
 
     def _verify(self, chunk: Chunk, logits_MV: torch.Tensor, last: int) -> list[int]:
-        """The drafts that the model would have chosen itself, and the token it chooses after them."""
-        best = logits_MV[last - len(chunk.drafts) : last + 1].argmax(dim=1).tolist()
+        """The drafts that the model would have chosen itself, and the token it chooses after them; nothing where its
+        scores are no numbers.
+        """
+        scores_M, best_M = logits_MV[last - len(chunk.drafts) : last + 1].max(dim=1)
+        if not bool(scores_M.isfinite().all()):
+            return []
+        best = best_M.tolist()
         num_right = 0
         while num_right < len(chunk.drafts) and chunk.drafts[num_right] == best[num_right]:
             num_right += 1
         return best[: num_right + 1]
+
+    def _take_drafted(self, chunk: Chunk, tokens: list[int]) -> None:
+        """The tokens go to the row first: blocks that are full with them are named by them."""
+        row = chunk.sequence.row
+        if not row.is_live:
+            return
+        if not tokens:
+            self._ledger.fail(row.request.id, InternalError(NOT_NUMBERS))
+            return
+        num_accepted = self._ledger.append(row, tokens) - 1
+        self._scheduler.commit(chunk, num_accepted)
+        self._outbox.totals.draft_tokens += len(chunk.drafts)
+        self._outbox.totals.accepted_draft_tokens += num_accepted
 
     def _read_prompt(self, chunk: Chunk, logits_TV: torch.Tensor) -> None:
         """Log probabilities of the prompt tokens that follow the chunk's positions; sent when all are there."""

@@ -71,7 +71,7 @@ class Plan:
     newcomers: list[Sequence] = field(default_factory=list)
 
 
-def _everybody(sequence: Sequence) -> bool:
+def _everybody(sequence: Sequence, places_are_short: bool) -> bool:
     return True
 
 
@@ -82,8 +82,9 @@ def _no_drafts(sequence: Sequence) -> tuple[int, ...]:
 class ContinuousScheduler:
     """The sequences that wait and those that run.
 
-    ``may_join`` finds a place for the adapter of a newcomer that joins if it says so; while one has none, no worse
-    ranked sequence with an adapter joins either, so that places become free.
+    ``may_join`` finds a place for the adapter of a newcomer, which joins if it says so. Once somebody has none, worse
+    ranked ones are asked with True: then only those may join whose request has its place already (they were preempted,
+    or are its further sequences), so that places become free.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class ContinuousScheduler:
         pool: BlockPool,
         *,
         prefix_caching: bool = True,
-        may_join: Callable[[Sequence], bool] = _everybody,
+        may_join: Callable[[Sequence, bool], bool] = _everybody,
     ) -> None:
         self._limits = limits
         self._pool = pool
@@ -241,8 +242,7 @@ class ContinuousScheduler:
                 continue
             if not self._fits(sequence, prefix):
                 break
-            has_adapter = sequence.row.request.adapter is not None
-            if has_adapter and (adapters_are_short or not self._may_join(sequence)):
+            if not self._may_join(sequence, adapters_are_short):
                 adapters_are_short = True
                 continue
             self._waiting.remove(sequence)
