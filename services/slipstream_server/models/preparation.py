@@ -8,16 +8,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from slipstream_server import errors
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
-from slipstream_server.models.priority import lower_process
+from slipstream_server.models.priority import is_lowered, lower_process
 
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3600.0
+_HEARTBEAT_S = 0.5
 _MAX_OUTPUT_BYTES = 1024 * 1024
 _ERRORS: dict[str, type[SlipstreamError]] = {
     error.__name__: error
@@ -31,8 +33,21 @@ _ERRORS: dict[str, type[SlipstreamError]] = {
 }
 
 
+Heartbeat = Callable[[], None]
+"""Called now and then while the subprocess runs; what it raises ends the subprocess and the call."""
+
+
+def ignore_heartbeat() -> None:
+    """For callers that wait to the end."""
+
+
 def run_preparation(
-    source: Path, target: Path, *, tokenizer: Path | None = None, dtype: str = "float32"
+    source: Path,
+    target: Path,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str = "float32",
+    heartbeat: Heartbeat = ignore_heartbeat,
 ) -> dict[str, str]:
     """Fill the empty folder ``target`` with the prepared form of ``source``; returns the versions that did it.
 
@@ -42,19 +57,21 @@ def run_preparation(
     arguments = ["--source", str(source), "--target", str(target), "--dtype", dtype]
     if tokenizer is not None:
         arguments += ["--tokenizer", str(tokenizer)]
-    return _run("slipstream_server.models.prepare", arguments)
+    return _run("slipstream_server.models.prepare", arguments, heartbeat)
 
 
-def run_sentiment_recipe(base: Path, data: Path, target: Path) -> dict[str, str]:
+def run_sentiment_recipe(
+    base: Path, data: Path, target: Path, *, heartbeat: Heartbeat = ignore_heartbeat
+) -> dict[str, str]:
     """Fill the folder ``target`` with ``base``, fine-tuned on the sentences in ``data``; returns what came of it.
 
     Raises OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives the call.
     """
     arguments = ["--base", str(base), "--data", str(data), "--target", str(target)]
-    return _run("slipstream_server.models.sentiment", arguments)
+    return _run("slipstream_server.models.sentiment", arguments, heartbeat)
 
 
-def _run(module: str, arguments: Sequence[str]) -> dict[str, str]:
+def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[str, str]:
     """The last line that the module's program writes, which is a JSON object."""
     command = [sys.executable, "-m", module, *arguments]
     # Whatever transformers would fetch of its own accord, it must not.
@@ -68,11 +85,11 @@ def _run(module: str, arguments: Sequence[str]) -> dict[str, str]:
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=log, env=environment, start_new_session=True
         ) as process:
-            lower_process(process.pid)
+            # A service fetches beside its streams; whoever pulls from the command line waits for it.
+            if is_lowered():
+                lower_process(process.pid)
             try:
-                process.wait(timeout=_TIMEOUT_S)
-            except subprocess.TimeoutExpired as error:
-                raise ModelLoadFailed(f"preparing the model took over {_TIMEOUT_S:.0f} s") from error
+                _await(process, heartbeat)
             finally:
                 process.kill()
         output.seek(0)
@@ -84,6 +101,17 @@ def _run(module: str, arguments: Sequence[str]) -> dict[str, str]:
             )
             raise _failure(answer, process.returncode)
     return answer
+
+
+def _await(process: subprocess.Popen[bytes], heartbeat: Heartbeat) -> None:
+    deadline_s = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        try:
+            process.wait(timeout=_HEARTBEAT_S)
+            return
+        except subprocess.TimeoutExpired:
+            heartbeat()
+    raise ModelLoadFailed(f"preparing the model took over {_TIMEOUT_S:.0f} s")
 
 
 def import_path() -> str:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +248,12 @@ class _Resolver:
         data = raw / source.files[0].target
         if source.conversion == "sentiment":
             base = self._resolve_entry(self._options.catalogue.get(source.base), None)
-            self._progress(PullProgress(stage=PullStage.CONVERTING, source=str(source)))
-            versions = {"base": source.base, **run_sentiment_recipe(base.folder, data, target)}
+            converting = self._converting(str(source))
+            facts = run_sentiment_recipe(base.folder, data, target, heartbeat=converting)
+            versions = {"base": source.base, **facts}
         else:
-            self._progress(PullProgress(stage=PullStage.CONVERTING, source=str(source)))
-            versions = run_preparation(data, target, dtype=self._options.gguf_dtype)
+            converting = self._converting(str(source))
+            versions = run_preparation(data, target, dtype=self._options.gguf_dtype, heartbeat=converting)
         for file in source.files:
             (raw / file.target).unlink()
         raw.rmdir()
@@ -271,11 +273,19 @@ class _Resolver:
         key = _key(Path(name).name, *state, fingerprint(tokenizer_folder) if tokenizer_folder else "own tokenizer")
 
         def fill(target: Path) -> Mapping[str, Any]:
-            self._progress(PullProgress(stage=PullStage.CONVERTING, source=found.source))
-            versions = run_preparation(found.path, target, tokenizer=tokenizer_folder, dtype=self._options.gguf_dtype)
+            converting = self._converting(found.source)
+            versions = run_preparation(
+                found.path, target, tokenizer=tokenizer_folder, dtype=self._options.gguf_dtype, heartbeat=converting
+            )
             return {"source": found.source, "revision": found.revision, "note": found.note, **versions}
 
         return self._cache.build(key, fill)
+
+    def _converting(self, source: str) -> Callable[[], None]:
+        """Says that a conversion begins; what it returns says so again, so that who listens may end it."""
+        report = partial(self._progress, PullProgress(stage=PullStage.CONVERTING, source=source))
+        report()
+        return report
 
     def _find_tokenizer(self, spec: str) -> Path:
         folder = self._local_path(spec)
