@@ -33,6 +33,11 @@ def lower_process(pid: int) -> None:
         _set_group(pid, NICENESS)
 
 
+def is_lowered() -> bool:
+    """Whether this thread waits for others: ``lower_thread`` was called for it, or the whole process runs that way."""
+    return sys.platform == "linux" and os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) >= NICENESS
+
+
 @contextlib.contextmanager
 def lowered_group() -> Iterator[None]:
     """Within it, this process's session waits for others; unlike a thread's niceness, this can be taken back."""

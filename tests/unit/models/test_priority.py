@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from slipstream_server.models.priority import NICENESS, lower_process, lower_thread
+from slipstream_server.models.priority import NICENESS, is_lowered, lower_process, lower_thread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="niceness of threads is Linux's")
 GROUP = Path("/proc/self/autogroup")
@@ -25,6 +25,7 @@ def test_a_lowered_thread_leaves_the_others_alone() -> None:
     before = niceness()
     with ThreadPoolExecutor(1, initializer=lower_thread) as background:
         assert background.submit(niceness).result() == NICENESS
+        assert background.submit(is_lowered).result()
     assert niceness() == before
 
 
