@@ -12,6 +12,7 @@ multiple of 8), B blocks, L tokens in a block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,20 @@ HEAD_SIZE_MULTIPLE = 8
 _L = BLOCK_TOKENS
 # All of fast math but the assumption that nothing is infinite or NaN.
 _FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
+
+
+def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile on first use; where the file system has a place for it, once and for all."""
+
+    def compiled(function: Callable[..., None]) -> Callable[..., None]:
+        options = {"parallel": parallel, "fastmath": _FASTMATH, "error_model": "numpy"}
+        try:
+            kernel: Callable[..., None] = njit(cache=True, **options)(function)
+        except RuntimeError:  # no folder for the cache can be written to
+            kernel = njit(**options)(function)
+        return kernel
+
+    return compiled
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -65,7 +80,7 @@ def _compile_exp(x: Any) -> Any:
     return exp32 if x == types.float32 else exp64
 
 
-@njit(fastmath=_FASTMATH, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@_compiled(parallel=False)
 def _softmax(scores_T: Any, clear_from: int, begin: int, end: int, scale: Any, softcap: Any) -> None:
     """Scores become weights between ``begin`` and ``end``, and 0 from ``clear_from`` to ``begin``."""
     if softcap > 0:
@@ -85,7 +100,7 @@ def _softmax(scores_T: Any, clear_from: int, begin: int, end: int, scale: Any, s
         scores_T[j] = 0
 
 
-@njit(parallel=True, fastmath=_FASTMATH, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@_compiled(parallel=True)
 def write(
     keys_NKD: Any, values_NKD: Any, rows_N: Any, positions_N: Any, tables_SB: Any, keys_BKDL: Any, values_BKLD: Any
 ) -> None:
@@ -100,7 +115,7 @@ def write(
                 values_BKLD[block, h, place, d] = values_NKD[n, h, d]
 
 
-@njit(parallel=True, fastmath=_FASTMATH, error_model="numpy", cache=True)  # type: ignore[untyped-decorator]
+@_compiled(parallel=True)
 def attend(
     queries_NHD: Any,
     rows_N: Any,
