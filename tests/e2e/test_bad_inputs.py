@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from e2e.conftest import CONTEXT_TOKENS, Services
@@ -22,6 +23,7 @@ from e2e.stranger import (
     STREAM_MESSAGE,
     Refusal,
     Stranger,
+    refusal_of,
     stranger,
 )
 
@@ -268,10 +270,10 @@ def test_bytes_that_are_no_message_and_messages_too_large(inference: Stranger, c
 
 
 def test_methods_that_are_not_there(inference: Stranger) -> None:
-    assert told(inference.refusal(f"{INFERENCE_SERVICE}/RunTask", {}))[:2] == (
-        "UNIMPLEMENTED",
-        "METHOD_NOT_IMPLEMENTED",
-    )
+    for method in (f"{INFERENCE_SERVICE}/Paint", "slipstream.inference.v9.InferenceService/Generate"):
+        with pytest.raises(grpc.RpcError) as caught:
+            inference.channel.unary_unary(f"/{method}")(b"", timeout=10)
+        assert told(refusal_of(caught.value))[:2] == ("UNIMPLEMENTED", "METHOD_NOT_IMPLEMENTED")
 
 
 def test_extremes_that_are_allowed(inference: Stranger) -> None:
