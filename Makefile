@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow faults test-parity test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine bench-tasks proto clean
+.PHONY: help setup test lint format types imports unit slow faults test-parity test-kernels test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine bench-tasks proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ faults: $(STAMP) ## killed processes, full disks, crowds, slow readers: what mus
 
 test-parity: $(STAMP) ## tasks against the pipelines of Transformers 4.57 (golden files) and of the installed release (live)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' tests/parity $(PYTEST_ARGS)
+
+test-kernels: $(STAMP) ## the GPU's attention kernels on a CPU, under Triton's interpreter (needs triton)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/engine/test_gpu_memory.py $(PYTEST_ARGS)
 
 test-clients: $(STAMP) ## the clients in other languages, against live services (needs Node)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/clients $(PYTEST_ARGS)

@@ -77,16 +77,19 @@ class Chooser:
         if self._processors.are_needed or self._masks is not None:
             best_R, tokens_R = scores_RV.max(dim=1)
         usable_R = best_R.isfinite()
-        if not bool(usable_R.all()):
-            scores_RV[~usable_R] = 0.0
-        self._sampler.choose(scores_RV, tokens_R)
-        exhausted_R = ~(usable_R | broken_R)
+        if self._sampler.has_rows:
+            # A GPU is not asked whether there is such a row: that would be to wait for it.
+            if scores_RV.device.type != "cpu" or not bool(usable_R.all()):
+                scores_RV.masked_fill_(~usable_R[:, None], 0.0)
+            self._sampler.choose(scores_RV, tokens_R)
+        # One transfer for all that the host must know.
+        token_ids, broken, usable = torch.stack([tokens_R, broken_R, usable_R]).tolist()
         return Choices(
-            tokens_R.tolist(),
-            broken_R.tolist(),
-            exhausted_R.tolist(),
+            token_ids,
+            [bool(flag) for flag in broken],
+            [not flag and not other for flag, other in zip(usable, broken, strict=True)],
             self._logprobs_of(raw_WV, tokens_R),
-            self._problems(usable_R) if self._guided else {},
+            self._problems(usable) if self._guided else {},
         )
 
     def _apply_masks(self, scores_RV: torch.Tensor, masks: Masks) -> None:
@@ -98,13 +101,13 @@ class Chooser:
             if guide.is_complete and not bool(scores_RV[index].max().isfinite()):
                 scores_RV[index, [i for i in guide.ends if i < scores_RV.shape[1]]] = 0.0
 
-    def _problems(self, usable_R: torch.Tensor) -> dict[int, str]:
+    def _problems(self, usable: Sequence[int]) -> dict[int, str]:
         """Guided rows that cannot go on, and why."""
         problems = {}
         for index, guide in self._guided:
             if guide.problem is not None:
                 problems[index] = guide.problem
-            elif not bool(usable_R[index]):
+            elif not usable[index]:
                 problems[index] = "together with the request's bans it leaves no token to choose from"
         return problems
 

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from slipstream_server.errors import DeadlineExceeded, InternalError, OutOfMemory
@@ -37,6 +38,7 @@ from slipstream_server.inference.engine.packed_pass import PackedModel, num_want
 from slipstream_server.inference.engine.processors import HouseRules
 from slipstream_server.inference.engine.scheduler import has_expired
 from slipstream_server.inference.engine.sequences import Sequence as KVSequence
+from slipstream_server.inference.engine.transfers import to_device
 from slipstream_server.inference.generation import (
     Admitted,
     Event,
@@ -224,9 +226,10 @@ class ContinuousEngine:
             if chunk.sequence.wants_prompt_logits:
                 self._read_prompt(chunk, logits_MV[places[chunk] + 1 - num_wanted(chunk) : places[chunk] + 1])
         accepted = {chunk: self._verify(chunk, logits_MV, places[chunk]) for chunk in chunks if chunk.drafts}
-        index_R = torch.tensor([places[chunk] for chunk in plain], device=logits_MV.device)
-        is_whole = len(plain) == len(logits_MV)
-        choices = chooser.choose(logits_MV if is_whole else logits_MV.index_select(0, index_R)) if plain else None
+        if len(plain) != len(logits_MV):
+            wanted = np.array([places[chunk] for chunk in plain], dtype=np.int64)
+            logits_MV = logits_MV.index_select(0, to_device(wanted, logits_MV.device))
+        choices = chooser.choose(logits_MV) if plain else None
         # Nothing can fail from here on.
         for chunk in chunks:
             if chunk not in accepted:

@@ -49,6 +49,11 @@ class Sampler:
                 by_kind.setdefault(_kind(row), []).append(index)
         self._groups = [_group(kind, picked, rows, device) for kind, picked in by_kind.items()]
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether anything is drawn at all."""
+        return bool(self._groups)
+
     def choose(self, scores_RV: torch.Tensor, tokens_R: torch.Tensor) -> None:
         """Overwrite the tokens of sampled rows with draws from their filtered distributions."""
         for group in self._groups:

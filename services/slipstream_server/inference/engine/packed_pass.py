@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 
 from slipstream_server.inference.engine.adapters import AdapterSlots
 from slipstream_server.inference.engine.continuous_scheduler import Chunk
+from slipstream_server.inference.engine.decode_graphs import DecodeGraphs, Record
+from slipstream_server.inference.engine.gpu_memory import GpuMemory, new_gpu_memory
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 from slipstream_server.inference.engine.paged_attention import (
     ATTENTION,
@@ -30,6 +33,8 @@ from slipstream_server.inference.engine.paged_attention import (
     seat,
 )
 from slipstream_server.inference.engine.passes import Traits
+from slipstream_server.inference.engine.sequences import blocks_for
+from slipstream_server.inference.engine.transfers import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +66,35 @@ class PackedModel:
 
     def use(self, num_blocks: int) -> None:
         """Attend from a KV memory of so many blocks from now on."""
+        self._graphs: DecodeGraphs | None = None
         self._memory = self._new_memory(num_blocks)
         seat(self._model, self._memory)
         self._model.set_attn_implementation(ATTENTION)
+
+    @torch.inference_mode()
+    def record_decoding(
+        self, record: Record, max_rows: int, report: Callable[[float], None] = lambda done: None
+    ) -> bool:
+        """Record decoding steps of up to so many rows, which ``run`` replays from now on where no adapter is wanted.
+        False, and steps run as before, where the memory's kernels or the model cannot be recorded.
+        """
+        memory = self._memory
+        if not isinstance(memory, GpuMemory) or memory.device is None or not memory.is_recordable:
+            return False
+        most_tokens = min(self.traits.context_tokens or sys.maxsize, memory.num_blocks * BLOCK_TOKENS)
+        graphs = DecodeGraphs(
+            lambda ids_1R, positions_1R: self._logits(ids_1R, positions_1R).float(),
+            memory,
+            max_rows=max_rows,
+            table_blocks=blocks_for(most_tokens),
+        )
+        try:
+            graphs.record(record, report)
+        except Exception as error:
+            logger.warning("decoding steps are not recorded, and slower so: %s", error)
+            return False
+        self._graphs = graphs
+        return True
 
     @contextlib.contextmanager
     def as_loaded(self) -> Iterator[None]:
@@ -78,6 +109,8 @@ class PackedModel:
         """Logits ``[M, V]`` in float32 of what the chunks want, in their order: see ``num_wanted``."""
         token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
         layout = _layout(chunks)
+        if self._graphs is not None and _only_decode(chunks) and self._graphs.fits(layout):
+            return self._graphs.run(token_ids, layout)
         rows = [chunk.sequence.row for chunk in chunks]
         wanted = np.concatenate(
             [np.arange(end - num_wanted(c), end) for c, end in zip(chunks, layout.starts[1:], strict=True)]
@@ -98,23 +131,30 @@ class PackedModel:
     def _new_memory(self, num_blocks: int) -> KVMemory:
         if self._is_on_cpu:
             return CpuMemory(self._shapes, num_blocks, self._model.dtype)
+        if all(device.type == "cuda" for device in self._devices):
+            return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
         return TorchMemory(self._shapes, num_blocks, self._item_dtype, self._devices)
 
     def _forward(self, token_ids: Any, positions: Any, wanted: Any) -> torch.Tensor:
         device = self.traits.device
-        index_M = torch.from_numpy(wanted).to(device)
-        extra = {"logits_to_keep": index_M} if self.traits.takes_logits_to_keep else {}
-        output = self._model(
-            input_ids=torch.from_numpy(token_ids)[None].to(device),
-            position_ids=torch.from_numpy(positions.astype(np.int64))[None].to(device),
-            use_cache=False,
-            return_dict=True,
-            **extra,
+        logits_MV = self._logits(
+            to_device(token_ids, device)[None],
+            to_device(positions.astype(np.int64), device)[None],
+            to_device(wanted, device),
         )
-        logits_MV: torch.Tensor = output.logits[0]
-        if not extra:
-            logits_MV = logits_MV.index_select(0, index_M.to(logits_MV.device))
         return logits_MV.to(device=device, dtype=torch.float32, copy=True)
+
+    def _logits(
+        self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, index_M: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The model's own logits: those of all positions, or of those that are wanted."""
+        is_taken = index_M is not None and self.traits.takes_logits_to_keep
+        extra = {"logits_to_keep": index_M} if is_taken else {}
+        output = self._model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra)
+        logits_MV: torch.Tensor = output.logits[0]
+        if index_M is not None and not is_taken:
+            logits_MV = logits_MV.index_select(0, index_M.to(logits_MV.device))
+        return logits_MV
 
     @torch.inference_mode()
     def _probe(self) -> tuple[list[LayerShape], list[torch.device]]:
@@ -165,6 +205,13 @@ class PackedModel:
         difference = float((found - expected.to(found.device)).abs().max()) / scale
         if not difference <= _TOLERANCE.get(self._model.dtype, _COARSE_TOLERANCE):
             raise UnsupportedAttention(f"answers that differ by {difference:.2g} when it is run from blocks")
+
+
+def _only_decode(chunks: Sequence[Chunk]) -> bool:
+    """Whether every row brings one token, wants what follows it, and wants it of the base."""
+    return all(
+        chunk.num_tokens == 1 and chunk.gives_token and chunk.sequence.row.request.adapter is None for chunk in chunks
+    )
 
 
 def num_wanted(chunk: Chunk) -> int:
