@@ -85,14 +85,13 @@ def write_classifier(encoder: Path, folder: Path) -> None:
 @contextlib.asynccontextmanager
 async def all_sides(arguments: argparse.Namespace, encoder: Path, classifier: Path) -> AsyncIterator[dict[str, Side]]:
     """Every side, loaded and warm, by name."""
-    models = {"encoder": encoder, "classifier": classifier}
     calls: dict[str, Any] = {"num_callers": arguments.callers, "device": arguments.device}
     async with contextlib.AsyncExitStack() as exits:
         program = await exits.enter_async_context(pipelines(encoder, classifier, arguments.device))
         sides: dict[str, Side] = {REFERENCE: PipelineSide(program, {})}
-        sides[OURS] = await exits.enter_async_context(slipstream(**models, **calls, settings=arguments.set))
+        sides[OURS] = await exits.enter_async_context(slipstream(encoder, classifier, **calls, settings=arguments.set))
         if "mosec" in arguments.versus:
-            sides["mosec"] = await exits.enter_async_context(mosec(**models, **calls))
+            sides["mosec"] = await exits.enter_async_context(mosec(encoder, classifier, **calls))
         warm_up = texts_of(arguments.texts // 2, offset=1_000)
         for work in arguments.works:
             for side in sides.values():
