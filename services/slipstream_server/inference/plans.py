@@ -24,7 +24,8 @@ from slipstream_server.models.sources import PreparedModel
 class ServingDefaults:
     """The operator's choices, where a load says nothing. ``tokenizer``: a source, in place of the models' own.
 
-    ``max_batch_size`` and ``max_batch_tokens`` None: as the engine has them.
+    ``max_batch_size`` and ``max_batch_tokens`` None: as the engine has them; KV memory on a GPU is then what
+    ``memory_fraction`` leaves.
     """
 
     device: str = "auto"
@@ -73,6 +74,7 @@ def plan_of(
         tasks=tasks,
         max_batch_size=choice.max_running_sequences or defaults.max_batch_size or usual.max_batch_size,
         max_batch_tokens=defaults.max_batch_tokens or usual.max_batch_tokens,
+        kv_memory_fraction=0.0 if defaults.max_batch_tokens else choice.memory_fraction or defaults.memory_fraction,
         max_step_tokens=defaults.max_step_tokens or 0,
         max_draft_tokens=defaults.max_draft_tokens,
         prefix_caching=defaults.prefix_caching if choice.prefix_caching is None else choice.prefix_caching,

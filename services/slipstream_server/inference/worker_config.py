@@ -24,6 +24,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     own layout as well, where that gives the same products (faster; their memory once more). ``adapter_slots``:
     adapters held on the device at once, which is also the most that one batch mixes; 0 for a model without adapters.
     ``max_batch_tokens`` is what padded tensors may grow to, or what the blocks of a continuous batch hold.
+    ``kv_memory_fraction``: on GPUs, blocks take what this share of the device leaves beside the weights instead, up to
+    what ``max_batch_size`` sequences could use; 0: no such share.
     ``max_step_tokens`` (0: by device) bounds one step of a continuous batch, ``max_draft_tokens`` its guesses.
     ``tasks``: the ids of those that the engine "tasks" runs, all with one head.
     """
@@ -34,6 +36,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tasks: tuple[str, ...] = ()
     max_batch_size: int = 16
     max_batch_tokens: int = 16384
+    kv_memory_fraction: float = 0.0
     max_queue_delay_ms: float = 5.0
     max_step_tokens: int = 0
     max_draft_tokens: int = 0
@@ -57,6 +60,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ):
             if value < least:
                 raise ValueError(f"{name} is {value}; at least {least}")
+        if not 0 <= self.kv_memory_fraction <= 1:
+            raise ValueError(f"kv_memory_fraction is {self.kv_memory_fraction}; 0 to 1")
         self.limits()
 
     def limits(self) -> BatchLimits:

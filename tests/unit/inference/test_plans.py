@@ -134,3 +134,9 @@ def test_the_licence_is_what_the_card_says(tmp_path: Path, card: str, licence: s
     (tmp_path / CARD).write_text(card)
     assert licence_of(tmp_path) == licence
     assert licence_of(tmp_path / "nowhere") == ""
+
+
+def test_kv_memory_on_a_gpu_is_the_models_share_unless_tokens_are_given() -> None:
+    assert planned(LoadChoice(), memory_fraction=0.7).worker.kv_memory_fraction == 0.7
+    assert planned(LoadChoice(memory_fraction=0.3), memory_fraction=0.7).worker.kv_memory_fraction == 0.3
+    assert planned(LoadChoice(memory_fraction=0.3), max_batch_tokens=4096).worker.kv_memory_fraction == 0.0

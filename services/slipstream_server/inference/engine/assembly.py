@@ -21,7 +21,9 @@ from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous import ContinuousEngine
 from slipstream_server.inference.engine.continuous_scheduler import StepLimits
 from slipstream_server.inference.engine.core import Engine
+from slipstream_server.inference.engine.decode_graphs import CudaRecorder
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
+from slipstream_server.inference.engine.kv_budget import blocks_within, device_memory
 from slipstream_server.inference.engine.lora_slots import LoraSlots
 from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
@@ -60,7 +62,7 @@ def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> 
     report(0.9, "first step")
     if config.engine == "continuous":
         try:
-            return _continuous(PackedModel(traits), config, slots, grammars, loaded, packed)
+            return _continuous(PackedModel(traits), config, slots, grammars, loaded, packed, report)
         except UnsupportedAttention as why:
             logger.warning("the model is served by padded batches: continuous ones do not support %s", why)
             reason = {"batching_reason": f"continuous batching does not support {why}"}
@@ -83,12 +85,15 @@ def _continuous(
     grammars: Grammars,
     loaded: LoadedModel,
     num_packed: int,
+    report: Report,
 ) -> tuple[Engine, Ready]:
     step_tokens = config.max_step_tokens or (_CPU_STEP_TOKENS if loaded.device.type == "cpu" else _GPU_STEP_TOKENS)
     limits = StepLimits(max_running=config.max_batch_size, max_step_tokens=step_tokens)
     context_tokens = model.traits.context_tokens or config.max_batch_tokens
-    num_blocks = blocks_for(min(config.max_batch_tokens, config.max_batch_size * context_tokens))
-    warm_up(ContinuousEngine(model, limits, num_blocks=1))
+    # On a GPU the first step is a full one: what it needs is in use when blocks are counted.
+    num_first = 1 if loaded.device.type == "cpu" else max(1, min(step_tokens, context_tokens - 2))
+    warm_up(ContinuousEngine(model, limits, num_blocks=blocks_for(num_first + 2)), num_first)
+    num_blocks = _num_blocks(model, config, context_tokens)
     engine = ContinuousEngine(
         model,
         limits,
@@ -98,7 +103,11 @@ def _continuous(
         prefix_caching=config.prefix_caching,
         max_draft_tokens=config.max_draft_tokens,
     )
+    is_recorded = loaded.device.type == "cuda" and model.record_decoding(
+        CudaRecorder(loaded.device), config.max_batch_size, lambda done: report(0.9 + 0.1 * done, "recording steps")
+    )
     facts = {
+        "decode_graphs": str(is_recorded).lower(),
         "max_step_tokens": str(step_tokens),
         "kv_capacity_tokens": str(num_blocks * BLOCK_TOKENS),
         "prefix_caching": str(config.prefix_caching).lower(),
@@ -110,18 +119,36 @@ def _continuous(
     )
 
 
+def _num_blocks(model: PackedModel, config: WorkerConfig, context_tokens: int) -> int:
+    """By tokens; on GPUs by what the configured share of them leaves."""
+    most_tokens = config.max_batch_size * context_tokens
+    devices = model.block_bytes_by_device
+    if not config.kv_memory_fraction or any(device.type != "cuda" for device in devices):
+        return blocks_for(min(config.max_batch_tokens, most_tokens))
+    return blocks_within(
+        config.kv_memory_fraction,
+        devices,
+        device_memory(devices),
+        most_blocks=blocks_for(most_tokens),
+        least_blocks=blocks_for(min(context_tokens, config.max_batch_tokens)),
+    )
+
+
 def _slots(model: Any, config: WorkerConfig) -> AdapterSlots:
     if not config.adapter_slots:
         return NoAdapters()
     return LoraSlots(model, num_slots=config.adapter_slots, max_rank=config.max_adapter_rank)
 
 
-def warm_up(engine: Engine) -> None:
-    """Generate two tokens, so that whatever is allocated or compiled on first use is there, and a broken model is
-    found out now.
+def warm_up(engine: Engine, num_prompt_tokens: int = 1) -> None:
+    """Generate two tokens after a prompt of so many, so that whatever is allocated or compiled on first use is there,
+    and a broken model is found out now.
     """
     request = GenerationRequest(
-        id=_WARM_UP_ID, prompt_token_ids=(0,), sampling=Sampling(), stopping=Stopping(max_new_tokens=2)
+        id=_WARM_UP_ID,
+        prompt_token_ids=(0,) * num_prompt_tokens,
+        sampling=Sampling(),
+        stopping=Stopping(max_new_tokens=2),
     )
     engine.submit(request)
     limit = time.monotonic() + _WARM_UP_TIMEOUT_S

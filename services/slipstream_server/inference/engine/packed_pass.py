@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,8 +62,15 @@ class PackedModel:
     @property
     def block_bytes(self) -> int:
         """What one block takes in all layers together."""
-        item_bytes = self._item_dtype.itemsize
-        return sum(shape.block_bytes(item_bytes) for shape in self._shapes)
+        return sum(self.block_bytes_by_device.values())
+
+    @property
+    def block_bytes_by_device(self) -> Counter[torch.device]:
+        """What one block takes on each device that has layers."""
+        found: Counter[torch.device] = Counter()
+        for shape, device in zip(self._shapes, self._devices, strict=True):
+            found[device] += shape.block_bytes(self._item_dtype.itemsize)
+        return found
 
     def use(self, num_blocks: int) -> None:
         """Attend from a KV memory of so many blocks from now on."""

@@ -237,6 +237,7 @@ def _defaults(settings: Settings) -> ServingDefaults:
         threads=config.threads or 0,
         adapter_slots=config.adapter_slots,
         max_adapter_rank=config.max_adapter_rank,
+        memory_fraction=config.memory_fraction,
         log_level=settings.common.log_level,
         log_format=settings.common.log_format,  # type: ignore[arg-type]  # config.py allows no other
     )

@@ -1,0 +1,384 @@
+"""The continuous engine on a GPU: its decoding step against the memory-bandwidth floor, its throughput against peers.
+
+    python -m tests.bench.gpu_engine [--models smollm2,8b] [--rows 1,2,4,8,16,32,64] [--context 512] [--runs 5] [--save]
+
+step        one step of so many decoding rows, scheduling and choosing included, against the time in which the device
+            copies as many bytes as the step must read: weights, keys and values. Copy bandwidth is measured in the
+            same run (2 x bytes copied per second, a buffer of ten times the cache).
+throughput  48 requests at once (prompts of 16 to 128 tokens, outputs of 8 to 96, greedy, no end token) against static
+            left-padded ``generate`` in batches of 16, and against Transformers' continuous batching.
+
+smollm2 is SmolLM2-135M-Instruct in bfloat16, 8b a Llama of 8B's shape with random weights. All sides are in one
+process, each with weights of its own, in turns. Without CUDA nothing runs, unless by ``--device cpu --tiny``: a check
+of this program, not a measurement. ``ratio`` is ours over theirs, larger is better.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from tests.bench.report import Comparison, emit
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from slipstream_server.inference.engine.continuous import ContinuousEngine
+from slipstream_server.inference.engine.continuous_scheduler import StepLimits
+from slipstream_server.inference.engine.decode_graphs import CudaRecorder
+from slipstream_server.inference.engine.packed_pass import PackedModel
+from slipstream_server.inference.engine.passes import Traits
+from slipstream_server.inference.engine.sequences import blocks_for
+from slipstream_server.inference.generation import Failed, Finished, GenerationRequest, Sampling, Stopping, Tokens
+from slipstream_server.models.sources import resolve
+
+SEED = 20
+GENERATE_BATCH = 16
+STEP_TOKENS = 2048
+STEPS_PER_RUN = 32
+WARM_UP_STEPS = 4
+_8B = {
+    "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192, "rope_theta": 500_000.0,
+}  # fmt: skip
+_TINY = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 1024,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A prompt, and how much is to follow it."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+
+
+class Ours:
+    """The continuous engine, stepped by hand."""
+
+    def __init__(self, model: Any, *, max_rows: int, num_tokens: int) -> None:
+        self._packed = PackedModel(Traits.of(model))
+        device = self._packed.traits.device
+        limits = StepLimits(max_running=max_rows, max_step_tokens=STEP_TOKENS)
+        self._engine = ContinuousEngine(self._packed, limits, blocks_for(num_tokens), prefix_caching=False)
+        self.is_recorded = device.type == "cuda" and self._packed.record_decoding(CudaRecorder(device), max_rows)
+        self._ids = itertools.count(1)
+
+    def submit(self, job: Job) -> None:
+        self._engine.submit(
+            GenerationRequest(
+                id=next(self._ids),
+                prompt_token_ids=job.prompt,
+                sampling=Sampling(),
+                stopping=Stopping(max_new_tokens=job.max_new_tokens),
+            )
+        )
+
+    def step(self) -> tuple[int, int]:
+        """Tokens that came and requests that ended; a failure ends the bench."""
+        num_tokens = num_ended = 0
+        for event in self._engine.step():
+            if isinstance(event, Failed):
+                raise RuntimeError(event.message)
+            if isinstance(event, Tokens):
+                num_tokens += len(event.token_ids)
+            num_ended += isinstance(event, Finished)
+        return num_tokens, num_ended
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """All jobs at once; how many tokens came."""
+        for job in jobs:
+            self.submit(job)
+        total = ended = 0
+        while ended < len(jobs):
+            num_tokens, num_ended = self.step()
+            total, ended = total + num_tokens, ended + num_ended
+        return total
+
+
+class StaticGenerate:
+    """``generate`` on left-padded batches; only tokens that were asked for count."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        for start in range(0, len(jobs), GENERATE_BATCH):
+            batch = jobs[start : start + GENERATE_BATCH]
+            width = max(len(job.prompt) for job in batch)
+            ids = torch.tensor([[0] * (width - len(job.prompt)) + list(job.prompt) for job in batch])
+            mask = torch.tensor([[0] * (width - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
+            with torch.inference_mode():
+                self._model.generate(
+                    input_ids=ids.to(self._model.device),
+                    attention_mask=mask.to(self._model.device),
+                    max_new_tokens=max(job.max_new_tokens for job in batch),
+                )
+        return sum(job.max_new_tokens for job in jobs)
+
+
+class TransformersBatching:
+    """Transformers' own continuous batching with its own settings, its manager kept from run to run."""
+
+    def __init__(self, model: Any) -> None:
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+        )
+        self._manager.start()
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        for job in jobs:
+            self._manager.add_request(list(job.prompt), max_new_tokens=job.max_new_tokens, eos_token_id=-1)
+        return sum(len(self._next().generated_tokens) for _ in jobs)
+
+    def close(self) -> None:
+        self._manager.stop(block=True, timeout=10)
+
+    def _next(self) -> Any:
+        while (output := self._manager.get_result(timeout=1.0)) is None:
+            if not self._manager.is_running():
+                raise RuntimeError("the manager's thread has ended")
+        if output.error is not None:
+            raise RuntimeError(output.error)
+        return output
+
+
+def main() -> int:
+    arguments = _arguments()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device: nothing is measured", file=sys.stderr)
+        return 0
+    transformers.logging.set_verbosity_error()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    bytes_per_s = copy_bandwidth(device, 64 * 2**20 if arguments.tiny else None)
+    print(f"{name}: copies {bytes_per_s / 1e9:.0f} GB/s", file=sys.stderr)
+    for model_name in ["tiny"] if arguments.tiny else arguments.models:
+        model = _load(model_name, device)
+        facts = {"model": model_name, "seed": SEED, "device": name, "dtype": str(model.dtype).removeprefix("torch.")}
+        for line in itertools.chain(
+            step_lines(model, arguments, bytes_per_s, facts), throughput_lines(model, arguments, facts)
+        ):
+            emit(line, save=arguments.save)
+        del model
+    return 0
+
+
+def step_lines(
+    model: Any, arguments: argparse.Namespace, bytes_per_s: float, facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """One line for each number of rows."""
+    most_rows = max(arguments.rows)
+    longest = arguments.context + _num_new(arguments, most_rows)
+    ours = Ours(_copy_of(model), max_rows=most_rows, num_tokens=most_rows * (longest + 32))
+    for num_rows in arguments.rows:
+        num_new = _num_new(arguments, num_rows)
+        steps_s = _decoding_steps(ours, model, num_rows, arguments.context, num_new)
+        # Halfway through the measured steps, so long are the contexts.
+        kv_bytes = num_rows * (arguments.context + num_new // 2) * token_bytes(model)
+        floor_s = (weight_bytes(model) + kv_bytes) / bytes_per_s
+        runs = [steps_s[i : i + STEPS_PER_RUN] for i in range(0, len(steps_s), STEPS_PER_RUN)]
+        yield _line(
+            facts,
+            workload=f"step_{num_rows}_rows",
+            versus="floor",
+            ours=[1 / statistics.median(run) for run in runs],
+            theirs=[1 / floor_s] * len(runs),
+            unit="steps/s",
+            context_tokens=arguments.context,
+            copy_gb_per_s=round(bytes_per_s / 1e9, 1),
+            floor_ms=round(1000 * floor_s, 4),
+            recorded=ours.is_recorded,
+        )
+
+
+def throughput_lines(model: Any, arguments: argparse.Namespace, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One line for each peer; a peer that fails is named and left out."""
+    jobs = closed_jobs(model.config.vocab_size, num_jobs=8 if arguments.tiny else 48)
+    num_tokens = sum(len(job.prompt) + job.max_new_tokens + 64 for job in jobs)
+    for versus, make in (("generate", StaticGenerate), ("transformers_cb", TransformersBatching)):
+        if versus in arguments.without:
+            continue
+        peer = None
+        try:
+            peer = make(_copy_of(model))
+            ours = Ours(_copy_of(model), max_rows=64, num_tokens=num_tokens)
+            pairs = _interleaved(lambda ours=ours: ours.run(jobs), lambda peer=peer: peer.run(jobs), arguments.runs)
+            yield _line(
+                facts, workload="closed", versus=versus, ours=pairs[0], theirs=pairs[1], unit="tokens/s",
+                num_requests=len(jobs), recorded=ours.is_recorded,
+            )  # fmt: skip
+        except Exception as error:
+            print(f"{versus} is left out: {type(error).__name__}: {error}", file=sys.stderr)
+        finally:
+            if isinstance(peer, TransformersBatching):
+                peer.close()
+
+
+def closed_jobs(vocab_size: int, num_jobs: int) -> list[Job]:
+    """The closed workload, of random tokens."""
+    numbers = random.Random(SEED)
+    return [
+        Job(tuple(numbers.randrange(3, vocab_size) for _ in range(numbers.randint(16, 128))), numbers.randint(8, 96))
+        for _ in range(num_jobs)
+    ]
+
+
+def copy_bandwidth(device: torch.device, num_bytes: int | None = None) -> float:
+    """Bytes read and written per second by copies of a buffer of ten times the device's cache."""
+    if num_bytes is None:
+        num_bytes = 10 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 64 * 2**20)
+    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best_s = min(_timed(lambda: target.copy_(source), device) for _ in range(20))
+    return 2 * num_bytes / best_s
+
+
+def weight_bytes(model: Any) -> int:
+    """What every step reads: all parameters, but of a token table that no output layer shares only a few rows."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    table = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    is_shared = output is not None and output.weight is table
+    return int(total if is_shared else total - table.nbytes)
+
+
+def token_bytes(model: Any) -> int:
+    """Keys and values of one token in all layers."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize)
+
+
+def _num_new(arguments: argparse.Namespace, num_rows: int) -> int:
+    """Tokens of each row: some come while the last rows' prompts are still computed."""
+    num_prompt_steps = num_rows * arguments.context // STEP_TOKENS + num_rows
+    return int(arguments.runs * STEPS_PER_RUN + WARM_UP_STEPS + num_prompt_steps + 2)
+
+
+def _decoding_steps(ours: Ours, model: Any, num_rows: int, context: int, num_new: int) -> list[float]:
+    """Seconds of every step in which all rows decoded, the first few left out."""
+    numbers = random.Random(SEED)
+    for _ in range(num_rows):
+        prompt = tuple(numbers.randrange(3, model.config.vocab_size) for _ in range(context))
+        ours.submit(Job(prompt, num_new))
+    steps_s = []
+    num_ended = 0
+    while num_ended < num_rows:
+        start_s = time.perf_counter()
+        num_tokens, ended = ours.step()
+        if num_tokens == num_rows and not ended:
+            steps_s.append(time.perf_counter() - start_s)
+        num_ended += ended
+    usable = steps_s[WARM_UP_STEPS:]
+    return usable[: len(usable) // STEPS_PER_RUN * STEPS_PER_RUN]
+
+
+def _interleaved(ours: Callable[[], int], theirs: Callable[[], int], runs: int) -> tuple[list[float], list[float]]:
+    """Tokens per second of both sides in turns, after one warm-up each."""
+    ours(), theirs()
+    rates: tuple[list[float], list[float]] = ([], [])
+    for run in range(runs):
+        for side in (0, 1) if run % 2 == 0 else (1, 0):
+            start_s = time.perf_counter()
+            num_tokens = (ours, theirs)[side]()
+            rates[side].append(num_tokens / (time.perf_counter() - start_s))
+    return rates
+
+
+def _line(
+    facts: dict[str, Any],
+    *,
+    workload: str,
+    versus: str,
+    ours: list[float],
+    theirs: list[float],
+    unit: str,
+    **extra: Any,
+) -> dict[str, Any]:
+    return Comparison(
+        bench="engine",
+        workload=workload,
+        side="continuous",
+        versus=versus,
+        ours=ours,
+        theirs=theirs,
+        unit=unit,
+        seed=facts["seed"],
+        device=facts["device"],
+        dtype=facts["dtype"],
+        extra={"model": facts["model"], **extra},
+    ).line()
+
+
+def _load(name: str, device: torch.device) -> Any:
+    torch.manual_seed(SEED)
+    if name == "smollm2":
+        folder = resolve("smollm2-135m-instruct").folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, local_files_only=True)
+        return _ready(model.to(device))
+    dtype = torch.float32 if name == "tiny" else torch.bfloat16
+    config = LlamaConfig(**(_TINY if name == "tiny" else _8B), dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return _ready(LlamaForCausalLM(config))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _ready(model: Any) -> Any:
+    """Without an end token every row runs on."""
+    model.generation_config.eos_token_id = None
+    return model.eval().requires_grad_(False)
+
+
+def _copy_of(model: Any) -> Any:
+    """Each side changes how its model attends; the one that is copied attends as it was loaded."""
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("sdpa")
+    return twin
+
+
+def _timed(run: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start_s = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start_s
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["smollm2", "8b"])
+    parser.add_argument("--rows", type=lambda text: [int(part) for part in text.split(",")],
+                        default=[1, 2, 4, 8, 16, 32, 64])  # fmt: skip
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens of each row of a step")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--without", type=lambda text: text.split(","), default=[], help="peers to leave out")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model: checks this program")
+    parser.add_argument("--save", action="store_true", help="keep the lines in tests/bench/results")
+    arguments = parser.parse_args()
+    unknown = set(arguments.models) - {"smollm2", "8b"}
+    if unknown:
+        parser.error(f"--models {', '.join(sorted(unknown))}: allowed are smollm2, 8b")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
