@@ -7,12 +7,19 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+from google.protobuf import struct_pb2
 
 from slipstream.inference.v1 import tasks_pb2
 from slipstream_client.task_results import RESULTS, result_from_proto
 from slipstream_client.tasks import input_message
 from slipstream_server.errors import InvalidField, WorkerDied
-from slipstream_server.rpc.inference.tasks_convert import INPUT_READERS, RESULT_WRITERS, task_input, task_result
+from slipstream_server.rpc.inference.tasks_convert import (
+    INPUT_READERS,
+    RESULT_WRITERS,
+    parameters_of,
+    task_input,
+    task_result,
+)
 from slipstream_server.tasks import items
 from slipstream_server.tasks.inputs import check_input
 from slipstream_server.tasks.registry import TASKS
@@ -175,3 +182,23 @@ def test_failures_carry_reason_and_field() -> None:
     found = result_from_proto(task_result(WorkerDied("gone")), 0)
     assert found.error is not None
     assert found.error.reason == "WORKER_DIED"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused_by_their_place(number: float) -> None:
+    parameters = struct_pb2.Struct()
+    parameters.update({"top_k": [1, {"deep": number}]})
+    with pytest.raises(InvalidField) as caught:
+        parameters_of(parameters)
+    assert [violation.field for violation in caught.value.violations] == ["parameters.top_k[1].deep"]
+    state = tasks_pb2.TaskInput(decision=tasks_pb2.DecisionInput(state=struct_pb2.Value(number_value=number)))
+    with pytest.raises(InvalidField, match=r"inputs\[0\]\.decision\.state"):
+        task_input(state, "inputs[0]")
+
+
+def test_values_arrive_as_json_has_them() -> None:
+    given = {"whole": 3, "part": 0.5, "none": None, "yes": True, "text": "a", "list": [1, [], {"b": -2}]}
+    parameters = struct_pb2.Struct()
+    parameters.update(given)
+    assert parameters_of(parameters) == given
+    assert isinstance(parameters_of(parameters)["whole"], int)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from google.protobuf import json_format, struct_pb2
 from google.protobuf.message import Message
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
@@ -36,6 +35,7 @@ from slipstream_server.inference.calls import (
 )
 from slipstream_server.inference.generation import Constraint
 from slipstream_server.resource_names import ModelName, check_id
+from slipstream_server.rpc.inference.structs import struct_to_dict
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -112,8 +112,8 @@ def _chat_prompt(chat: inference_pb2.ChatPrompt) -> ChatPrompt:
         raise InvalidField.of("chat.tools", f"has {len(chat.tools)} tools; at most {MAX_TOOLS} are allowed")
     return ChatPrompt(
         messages=tuple(_chat_message(f"chat.messages[{i}]", message) for i, message in enumerate(chat.messages)),
-        tools=tuple(_tool(tool) for tool in chat.tools),
-        template_parameters=struct_to_dict(chat.template_parameters),
+        tools=tuple(_tool(f"chat.tools[{i}]", tool) for i, tool in enumerate(chat.tools)),
+        template_parameters=struct_to_dict(chat.template_parameters, "chat.template_parameters"),
         continue_final_message=chat.continue_final_message,
     )
 
@@ -130,7 +130,7 @@ def _chat_message(field: str, message: chat_message_pb2.ChatMessage) -> ChatMess
         content=_content(field, message, required=role in ("user", "tool")),
         name=message.name or None,
         tool_call_id=message.tool_call_id or None,
-        tool_calls=tuple(_tool_call(call) for call in message.tool_calls),
+        tool_calls=tuple(_tool_call(f"{field}.tool_calls[{i}]", call) for i, call in enumerate(message.tool_calls)),
     )
 
 
@@ -149,13 +149,13 @@ def _content(field: str, message: chat_message_pb2.ChatMessage, *, required: boo
     return content
 
 
-def _tool_call(call: chat_message_pb2.ToolCall) -> Mapping[str, Any]:
-    function = {"name": call.name, "arguments": struct_to_dict(call.arguments)}
+def _tool_call(field: str, call: chat_message_pb2.ToolCall) -> Mapping[str, Any]:
+    function = {"name": call.name, "arguments": struct_to_dict(call.arguments, f"{field}.arguments")}
     return {"id": call.id, "type": "function", "function": function}
 
 
-def _tool(tool: chat_message_pb2.Tool) -> Mapping[str, Any]:
-    parameters = struct_to_dict(tool.parameters)
+def _tool(field: str, tool: chat_message_pb2.Tool) -> Mapping[str, Any]:
+    parameters = struct_to_dict(tool.parameters, f"{field}.parameters")
     return {
         "type": "function",
         "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
@@ -216,24 +216,6 @@ def _constraint(constraint: generation_pb2.Constraint) -> Constraint:
 
 def _or(message: Message, field: str, default: Any) -> Any:
     return getattr(message, field) if message.HasField(field) else default
-
-
-def struct_to_dict(struct: struct_pb2.Struct) -> dict[str, Any]:
-    """A Struct as plain Python; whole numbers become int, as a template or a schema expects them."""
-    as_dict: dict[str, Any] = json_format.MessageToDict(struct)
-    return {key: _whole(value) for key, value in as_dict.items()}
-
-
-def _whole(value: Any) -> Any:
-    match value:
-        case float() if value.is_integer():
-            return int(value)
-        case list():
-            return [_whole(item) for item in value]
-        case dict():
-            return {key: _whole(item) for key, item in value.items()}
-        case _:
-            return value
 
 
 def stream_response(event: GenerateEvent) -> inference_pb2.StreamGenerateResponse:

@@ -17,7 +17,8 @@ from slipstream.inference.v1 import architecture_pb2, tasks_pb2
 from slipstream_server.errors import FieldViolation, InvalidField, SlipstreamError
 from slipstream_server.inference.task_runs import TaskOutcome
 from slipstream_server.inference.worker_errors import error_of
-from slipstream_server.rpc.inference.convert import finish_reason, struct_to_dict
+from slipstream_server.rpc.inference.convert import finish_reason
+from slipstream_server.rpc.inference.structs import struct_to_dict, value_to_plain
 from slipstream_server.rpc.status import status_of
 from slipstream_server.tasks import items
 from slipstream_server.tasks.parameters import described_parameters
@@ -147,7 +148,7 @@ def _multimodal(asked: tasks_pb2.MultimodalInput, field: str) -> items.Multimoda
 
 def _decision(asked: tasks_pb2.DecisionInput, field: str) -> items.DecisionInput:
     questions = tuple(_question(q, f"{field}.questions[{place}]") for place, q in enumerate(asked.questions))
-    state = json_format.MessageToDict(asked.state) if asked.HasField("state") else None
+    state = value_to_plain(asked.state, f"{field}.state")
     return items.DecisionInput(state, questions, {name: image.data for name, image in asked.assets.items()})
 
 
@@ -397,7 +398,7 @@ RESULT_WRITERS: Mapping[type, Callable[[Any], tuple[str, Any]]] = {
 
 def parameters_of(struct_message: struct_pb2.Struct) -> dict[str, Any]:
     """``parameters`` as plain data."""
-    return struct_to_dict(struct_message)
+    return struct_to_dict(struct_message, "parameters")
 
 
 def task_message(spec: TaskSpec, *, default_model: str, missing_packages: tuple[str, ...]) -> tasks_pb2.Task:
