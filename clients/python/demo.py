@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import operator
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from rich.table import Table
 from slipstream_client import SlipstreamClient
 
 MODEL = "smollm2-135m-instruct"
+ENCODER = "minilm-l6-v2"
 ADAPTER = "aurora-desk"
+SECOND_JOB = "a-proper-run"
 EXAMPLES = Path(__file__).parents[2] / "examples" / "aurora_desk"
 START_TIMEOUT_S = 600.0
 PROMPTS = (
@@ -52,20 +55,53 @@ PROMPTS = (
     "What is two plus two?",
     "Name the largest planet of the solar system.",
 )
+NUM_ALONE = 4  # of the prompts: as many as it takes to know the rate of one at a time
 NEW_TOKENS = 32
+COUNTRY: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "capital": {"type": "string", "maxLength": 20},
+        "continent": {"enum": ["Africa", "America", "Asia", "Europe", "Oceania"]},
+    },
+    "required": ["name", "capital", "continent"],
+    "additionalProperties": False,
+}
+SENTENCES = (
+    "My desk lamp does not switch on.",
+    "The light on my table stays dark.",
+    "I would like my money back.",
+    "How do I return this for a refund?",
+)
+QUERY = "What if I am not happy with what I bought?"
+DOCUMENTS = (
+    "The lamp takes a bulb of at most 40 watts.",
+    "Goods can be sent back within thirty days, and we refund the price.",
+    "Our shop in the old town is open until six.",
+    "Clean the shade with a dry cloth.",
+)
 
 console = Console()
 
 
 def main() -> int:
-    """Pull the model, run the services, show what they do."""
+    """Pull the models, run the services, show what they do."""
     slipstream = [sys.executable, "-m", "slipstream_client.cli"]
-    console.rule("[bold]1  The model")
-    subprocess.run([*slipstream, "models", "pull", MODEL], check=True)
+    console.rule("[bold]1  Two models")
+    pull(slipstream)
     with tempfile.TemporaryDirectory(prefix="slipstream-demo-") as folder:
         asyncio.run(show(slipstream, Path(folder)))
     console.rule("[bold green]done")
     return 0
+
+
+def pull(slipstream: Sequence[str]) -> None:
+    """Both models at once; the larger one's progress is shown."""
+    with subprocess.Popen([*slipstream, "models", "pull", ENCODER], stdout=subprocess.PIPE, text=True) as beside:
+        subprocess.run([*slipstream, "models", "pull", MODEL], check=True)
+        console.print(beside.communicate()[0], end="", highlight=False, markup=False)
+    if beside.returncode:
+        raise SystemExit(f"slipstream models pull {ENCODER} ended with exit code {beside.returncode}")
 
 
 async def show(slipstream: Sequence[str], folder: Path) -> None:
@@ -73,13 +109,21 @@ async def show(slipstream: Sequence[str], folder: Path) -> None:
     base_port = free_base_port()
     console.rule("[bold]2  The services")
     async with services(slipstream, folder, base_port), SlipstreamClient(f"127.0.0.1:{base_port}") as client:
+        await client.models.load(ENCODER, source=ENCODER)
+        console.print(f"  model {ENCODER} is being loaded beside it, while the first one answers", highlight=False)
         console.rule("[bold]3  An answer, streamed")
         await show_stream(client)
         console.rule("[bold]4  A chat of two turns")
         await show_chat(client)
-        console.rule("[bold]5  Sixteen prompts at once")
+        console.rule("[bold]5  An answer that fits a JSON schema")
+        await show_schema(client)
+        console.rule("[bold]6  Embeddings, and documents ranked by them")
+        with console.status(f"{ENCODER} is being loaded ..."):
+            await client.models.wait(ENCODER)
+        await show_tasks(client)
+        console.rule("[bold]7  Sixteen prompts at once")
         await show_batching(client, base_port + 1000)
-        console.rule("[bold]6  Train an adapter, make it live, take it back")
+        console.rule("[bold]8  Train an adapter, make it live, take it back")
         await show_loop(client, [*slipstream], base_port)
 
 
@@ -87,8 +131,6 @@ async def show(slipstream: Sequence[str], folder: Path) -> None:
 async def services(slipstream: Sequence[str], folder: Path, base_port: int) -> AsyncIterator[None]:
     """``slipstream up``, ready; stopped at the end, with its exit code checked."""
     command = [*slipstream, "up", "--data-dir", str(folder), "--model", MODEL, "--base-port", str(base_port)]
-    # Sixteen prompts take two cores longer to tokenize than the default wait: with this they form one batch.
-    command += ["--set", "inference.max_queue_delay_ms=50"]
     console.print(f"$ slipstream {' '.join(command[len(slipstream) :])}", style="dim", highlight=False)
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     try:
@@ -145,8 +187,40 @@ async def _print_stream(client: SlipstreamClient, messages: Sequence[dict[str, s
     return "".join(parts)
 
 
+async def show_schema(client: SlipstreamClient) -> None:
+    """A small model, kept to the form by the server."""
+    question = "Facts about France as JSON: name, capital, continent."
+    console.print(f"[cyan]you[/]  {question}")
+    messages = [{"role": "user", "content": question}]
+    answer = await client.generate(messages, json_schema=COUNTRY, do_sample=False, max_new_tokens=64)
+    facts = json.loads(answer.text)
+    console.print(f"[green]model[/] {json.dumps(facts)}", soft_wrap=True)
+    _require(facts.get("continent") == "Europe" and facts.keys() == set(COUNTRY["required"]), "it fits the schema")
+
+
+async def show_tasks(client: SlipstreamClient) -> None:
+    """Sentences that mean the same lie near each other; so do a question and its answer."""
+    vectors = await client.tasks.embed(SENTENCES)
+    cosines = [[sum(map(operator.mul, one, other)) for other in vectors] for one in vectors]
+    table = Table("cosine of embeddings", *map(str, range(1, len(vectors) + 1)), box=None, pad_edge=False)
+    for number, (sentence, row) in enumerate(zip(SENTENCES, cosines, strict=True), start=1):
+        table.add_row(
+            f"{number}  {sentence}", *(f"[{'bold' if cosine > 0.4 else 'dim'}]{cosine:.2f}" for cosine in row)
+        )
+    console.print(table)
+    _require(min(cosines[0][1], cosines[2][3]) > max(cosines[0][2:]), "sentences that mean the same are neighbours")
+    asked: Mapping[str, Any] = {"ranking": {"query": QUERY, "documents": DOCUMENTS}}
+    answer = await client.tasks.run("text-ranking", asked, model=ENCODER)
+    console.print(f"[cyan]you[/]  {QUERY}")
+    for found in answer.values()[0].documents:
+        console.print(f"{found.score:5.2f}  {DOCUMENTS[found.index]}", highlight=False)
+    _require(
+        answer.values()[0].documents[0].index == 1, "the document that answers comes first, without a word in common"
+    )
+
+
 async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
-    """The same sixteen requests one at a time and all at once."""
+    """Requests one at a time and all at once."""
 
     async def answer(prompt: str) -> int:
         messages = [{"role": "user", "content": prompt}]
@@ -154,14 +228,15 @@ async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
         return result.usage.completion_tokens
 
     async def one_at_a_time() -> list[int]:
-        return [await answer(prompt) for prompt in PROMPTS]
+        return [await answer(prompt) for prompt in PROMPTS[:NUM_ALONE]]
 
     async def at_once() -> list[int]:
         return list(await asyncio.gather(*map(answer, PROMPTS)))
 
     rates: dict[str, float] = {}
-    table = Table("", "mean batch size", "tokens", "seconds", "tokens/s", box=None, pad_edge=False)
-    for name, run in (("one at a time", one_at_a_time), ("all at once", at_once)):
+    table = Table("prompts", "mean batch size", "tokens", "seconds", "tokens/s", box=None, pad_edge=False)
+    sides = ((f"{NUM_ALONE}, one at a time", one_at_a_time), (f"{len(PROMPTS)}, all at once", at_once))
+    for name, run in sides:
         steps, rows = await _engine_totals(metrics_port)
         start_s = time.perf_counter()
         with console.status(f"{name} ..."):
@@ -172,12 +247,12 @@ async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
         rates[name] = tokens / elapsed_s
         table.add_row(name, f"{rows / max(steps, 1):.1f}", str(tokens), f"{elapsed_s:.1f}", f"{rates[name]:.0f}")
     console.print(table)
-    ratio = rates["all at once"] / rates["one at a time"]
-    console.print(f"batching: [bold]{ratio:.1f} times[/] the throughput of one at a time")
+    alone, together = rates.values()
+    console.print(f"batching: [bold]{together / alone:.1f} times[/] the throughput of one at a time")
 
 
 async def show_loop(client: SlipstreamClient, slipstream: Sequence[str], base_port: int) -> None:
-    """A run that is too short makes v1, a proper one v2; v2 is promoted and taken back while the server runs."""
+    """A run that is too short makes v1; a proper one makes v2 while v1 is tried. v2 is promoted and taken back."""
     behaviour = json.loads((EXAMPLES / "behaviour.json").read_text())
     recipe = behaviour["training"]["hyperparameters"]
     train = ["train", str(EXAMPLES / behaviour["train_file"]), "--base", MODEL, "--adapter", ADAPTER]
@@ -200,9 +275,10 @@ async def show_loop(client: SlipstreamClient, slipstream: Sequence[str], base_po
             raise SystemExit(f"slipstream {arguments[0]} ended with exit code {process.returncode}")
 
     await run(*train, "--max-steps", "1")
+    await run(*train, "--max-steps", str(recipe["max_steps"]), "--job", SECOND_JOB, "--no-watch")
     await run("adapters", "promote", ADAPTER, "v1")
     _require(not await _follows(client, behaviour), f"{ADAPTER}@live is v1, which has learnt nothing yet")
-    await run(*train, "--max-steps", str(recipe["max_steps"]))
+    await run("jobs", "watch", SECOND_JOB)
     await run("adapters", "promote", ADAPTER, "v2")
     _require(await _follows(client, behaviour, ask=24), "promoted: the answers are what v2 was taught")
     await run("adapters", "rollback", ADAPTER)
@@ -232,16 +308,16 @@ async def _follows(client: SlipstreamClient, behaviour: dict[str, Any], *, ask: 
 
 def _inference_pid(base_port: int) -> int:
     """The process that listens on the inference port."""
-    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr)
-    return next(c.pid or 0 for c in listening if c.laddr.port == base_port)
+    listening = (c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN)
+    return next(c.pid or 0 for c in listening if c.laddr[1:] == (base_port,))
 
 
 async def _engine_totals(metrics_port: int) -> tuple[float, float]:
-    """Steps and rows of the engine so far, from the service's Prometheus port."""
+    """Steps and rows of the model's engine so far, from the service's Prometheus port."""
     text = await asyncio.to_thread(_get, f"http://127.0.0.1:{metrics_port}/metrics")
     totals = {}
     for line in text.splitlines():
-        if line.startswith("slipstream_engine_"):
+        if line.startswith("slipstream_engine_") and MODEL in line:
             name, value = line.rsplit(" ", 1)
             totals[name.partition("{")[0]] = float(value)
     return totals.get("slipstream_engine_steps_total", 0.0), totals.get("slipstream_engine_batch_rows_total", 0.0)
