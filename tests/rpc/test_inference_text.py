@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
+from slipstream.type.v1 import usage_pb2
 from slipstream_server.config import ListenConfig
 from slipstream_server.rpc.inference.servicer import InferenceServicer
 from slipstream_server.rpc.server import Mount, open_server
@@ -79,3 +80,12 @@ async def test_a_character_cut_off_by_the_limit_is_replaced_not_broken(speaker: 
     request.stopping.max_new_tokens = num_tokens - 1
     whole = await speaker.stub.Generate(request)
     assert whole.completions[0].text == "ok \ufffd"
+
+
+async def test_a_stream_says_at_its_end_too_which_stop_string_ended_it(speaker: Speaker) -> None:
+    request, _ = speaker.request("one two three")
+    request.stopping.stop.extend(["nothing", "o t"])
+    events = [event async for event in speaker.stub.StreamGenerate(request)]
+    assert [event.delta.matched_stop for event in events if event.delta.finish_reason] == ["o t"]
+    (ended,) = events[-1].finished.completions
+    assert (ended.matched_stop, ended.finish_reason) == ("o t", usage_pb2.FINISH_REASON_STOP_STRING)

@@ -42,6 +42,7 @@ EXPECTED = {
     "QuotaExceeded": ("RESOURCE_EXHAUSTED", False),
     "MessageTooLarge": ("RESOURCE_EXHAUSTED", False),
     "StorageFull": ("RESOURCE_EXHAUSTED", True),
+    "OutOfMemory": ("RESOURCE_EXHAUSTED", False),
     "Draining": ("UNAVAILABLE", True),
     "ModelNotReady": ("UNAVAILABLE", True),
     "WorkerDied": ("UNAVAILABLE", False),

@@ -172,12 +172,13 @@ class DeltaEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedEvent:
-    """Last, once: usage, and how each sequence ended (index -> finish reason)."""
+    """Last, once: usage, and how each sequence ended (index -> finish reason, and the stop string or "")."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_prompt_tokens: int
     finish_reasons: tuple[str, ...]
+    matched_stops: tuple[str, ...]
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 

@@ -36,6 +36,7 @@ class SequenceText:
         self._scanner = StopScanner(stops) if stops is not None else None
         self._include_stop = include_stop
         self.finish_reason: FinishReason | None = None
+        self.matched_stop = ""
 
     def push(self, token_ids: Sequence[int], finish_reason: FinishReason | None) -> Piece:
         """Add tokens; ``finish_reason`` is that of the last one.
@@ -71,7 +72,7 @@ class SequenceText:
         return match.matched
 
     def _finish(self, parts: list[str], num_tokens: int, reason: FinishReason, matched: str) -> Piece:
-        self.finish_reason = reason
+        self.finish_reason, self.matched_stop = reason, matched
         return Piece(text="".join(parts), num_tokens=num_tokens, finish_reason=reason, matched_stop=matched)
 
 

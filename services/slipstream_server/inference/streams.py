@@ -227,6 +227,7 @@ class GenerationStream:
                 completion_tokens=sum(sequence.num_tokens for sequence in self._sequences),
                 cached_prompt_tokens=self._cached_prompt_tokens,
                 finish_reasons=reasons,
+                matched_stops=tuple(sequence.text.matched_stop for sequence in self._sequences),
                 prompt_logprobs=self._prompt_logprobs,
             )
         )

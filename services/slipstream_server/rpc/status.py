@@ -46,6 +46,8 @@ STATUS_CODES: Mapping[type[errors.SlipstreamError], grpc.StatusCode] = {
 RETRY_AFTER_S: Mapping[type[errors.SlipstreamError], float | None] = {
     errors.ResourceExhausted: 1.0,
     errors.MessageTooLarge: None,
+    # What has not found room in the memory of a device, alone, will not find it later.
+    errors.OutOfMemory: None,
     # A size over its limit stays over it.
     errors.QuotaExceeded: None,
     errors.SlowReader: None,

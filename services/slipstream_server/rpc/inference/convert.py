@@ -247,8 +247,8 @@ def _finished(event: FinishedEvent) -> inference_pb2.GenerationFinished:
     return inference_pb2.GenerationFinished(
         usage=usage(event),
         completions=[
-            inference_pb2.Completion(index=index, finish_reason=finish_reason(reason))
-            for index, reason in enumerate(event.finish_reasons)
+            inference_pb2.Completion(index=index, finish_reason=finish_reason(reason), matched_stop=matched_stop)
+            for index, (reason, matched_stop) in enumerate(zip(event.finish_reasons, event.matched_stops, strict=True))
         ],
         prompt_logprobs=[position_logprobs(position) for position in event.prompt_logprobs],
     )
