@@ -29,7 +29,10 @@ from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 # Launches do not depend on the step's lengths: they can be recorded once and replayed.
 IS_RECORDABLE = True
 
+# Keys and values of one read, twice (the next ones are on their way), fit into every GPU's shared memory.
 _KEYS_AT_ONCE = 64
+_BYTES_AT_ONCE = 32 * 1024
+_STAGES = 2
 _LEAST_DOT_ROWS = 16
 _PROMPT_ROWS = 64
 _PROGRAMS_PER_PROCESSOR = 4
@@ -230,29 +233,31 @@ def _attend(
     outputs_NHD: torch.Tensor,
 ) -> None:
     num_heads, key_size, value_size = keys_BKLD.shape[1], keys_BKLD.shape[3], values_BKLD.shape[3]
-    group = queries_HND.shape[0] // num_heads
+    num_tiles, num_query_heads = len(tiles.firsts_T), queries_HND.shape[0]
+    group = num_query_heads // num_heads
     parts = tables.num_splits if tiles is tables.decoding else 1
     sums = torch.float64 if queries_HND.dtype == torch.float64 else torch.float32
     parts_PNHD, largest_PNH, totals_PNH = outputs_NHD[None], outputs_NHD, outputs_NHD
     if parts > 1:
-        parts_PNHD = outputs_NHD.new_empty((parts, *outputs_NHD.shape), dtype=sums)
+        # Decoding rows are the first of the step, one token each.
+        parts_PNHD = outputs_NHD.new_empty((parts, num_tiles, *outputs_NHD.shape[1:]), dtype=sums)
         largest_PNH, totals_PNH = (parts_PNHD.new_empty(parts_PNHD.shape[:3]) for _ in range(2))
+    row_bytes = (_columns(key_size) + _columns(value_size)) * keys_BKLD.element_size()
+    keys_at_once = max(_LEAST_DOT_ROWS, min(_KEYS_AT_ONCE, _BYTES_AT_ONCE // row_bytes))
     group_width = _width(group)
     tile = max(tiles.most, -(-_LEAST_DOT_ROWS // group_width))
-    attend_tiles[(len(tiles.firsts_T), num_heads, parts)](
+    attend_tiles[(num_tiles, num_heads, parts)](
         queries_HND, tables.rows_N, tables.positions_N, tables.tables_SB, tiles.firsts_T, tiles.counts_T,
         keys_BKLD, values_BKLD, parts_PNHD, largest_PNH, totals_PNH,
         queries_HND.stride(1), queries_HND.stride(0), *tables.tables_SB.stride(),
-        outputs_NHD.shape[0] * outputs_NHD.shape[1], scale, softcap, window,
-        num_heads, group, group_width, tile, _KEYS_AT_ONCE, key_size, value_size,
+        num_tiles * num_query_heads, scale, softcap, window,
+        num_heads, group, group_width, tile, keys_at_once, key_size, value_size,
         _columns(key_size), _columns(value_size), BLOCK_TOKENS, parts, softcap > 0,
-        tl.float64 if sums == torch.float64 else tl.float32,
+        tl.float64 if sums == torch.float64 else tl.float32, num_stages=_STAGES,
     )  # fmt: skip
     if parts > 1:
-        num_query_heads = outputs_NHD.shape[1]
-        # Decoding rows are the first of the step, one token each.
-        merge_splits[(len(tiles.firsts_T) * num_query_heads,)](
-            parts_PNHD, largest_PNH, totals_PNH, outputs_NHD, outputs_NHD.shape[0] * num_query_heads,
+        merge_splits[(num_tiles * num_query_heads,)](
+            parts_PNHD, largest_PNH, totals_PNH, outputs_NHD, num_tiles * num_query_heads,
             value_size, _columns(value_size), parts,
         )  # fmt: skip
 
