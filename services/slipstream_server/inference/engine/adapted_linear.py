@@ -123,6 +123,8 @@ class AdaptedLinear:
         outputs: torch.Tensor = self._plain(inputs, *args, **kwargs)
         if not self._selection.is_active or self._down_SIK is None or self._up_SKO is None:
             return outputs
+        if not inputs.numel():  # a step that wants no logits, at the last layer
+            return outputs
         return self._added(outputs, inputs, self._down_SIK, self._up_SKO)
 
     def _added(
