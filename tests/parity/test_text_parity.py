@@ -182,3 +182,30 @@ def test_tapas_points_at_the_pipelines_cells(tmp_path: Path) -> None:
         assert [cell.text for cell in answer.table.cells] == live["cells"]
         chosen += len(answer.table.cells)
     assert chosen, "no cell was ever chosen: the case shows nothing"
+
+
+LONG = "the old captain " * 40
+QUESTION = items.QuestionAnsweringInput("who", LONG)
+BROKEN: list[tuple[str, str, items.TaskInput, dict[str, Any], str]] = [
+    ("bert-qa", "question-answering", items.QuestionAnsweringInput(LONG, "a"), {}, "question_answering.question"),
+    ("bert-qa", "question-answering", QUESTION, {"max_seq_len": 65}, "parameters.max_seq_len"),
+    ("bert-qa", "question-answering", QUESTION, {"max_seq_len": 10, "doc_stride": 9}, "parameters.doc_stride"),
+    ("bert-ner", "token-classification", items.WordsInput(tuple(LONG.split())), {}, "words.words"),
+    ("bert-ner", "token-classification", items.TextInput("a"), {"stride": 1}, "parameters.stride"),
+    ("bert-mask", "fill-mask", items.TextInput("[MASK]"), {"targets": [""]}, "parameters.targets"),
+    ("bert-nli", "zero-shot-classification", items.ZeroShotInput("a", (LONG,), None), {}, "zero_shot.text"),
+    ("bert-classes", "text-ranking", items.RankingInput("a", (LONG,)), {}, "ranking.documents"),
+]
+
+
+@pytest.mark.parametrize("model", sorted({case[0] for case in BROKEN}))
+def test_what_cannot_be_read_is_named_as_the_contract_does(model: str, folder_of: Callable[[str], Path]) -> None:
+    cases_of_model = [case for case in BROKEN if case[0] == model]
+    requests = [
+        TaskRequest(id=number, task=task_id, inputs=(item,), parameters=parameters)
+        for number, (_, task_id, item, parameters, _) in enumerate(cases_of_model)
+    ]
+    found = ours(folder_of(model), cases_of_model[0][1], requests)
+    for number, case in enumerate(cases_of_model):
+        assert isinstance(found[number][0], items.ItemError), case
+        assert found[number][0].field == case[-1]

@@ -6,6 +6,7 @@ own input (``check_input``). Field names are the contract's, from the input down
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -94,7 +95,7 @@ def _texts(texts: Sequence[str], field: str, most: int, *, distinct: bool = Fals
     for place, text in enumerate(texts):
         check_text(text, f"{field}[{place}]", required=distinct)
     if distinct and len(set(texts)) < len(texts):
-        twice = next(text for place, text in enumerate(texts) if text in texts[:place])
+        twice, _ = Counter(texts).most_common(1)[0]
         raise InvalidField.of(field, f"holds {twice[:80]!r} twice; each once")
     if sum(map(len, texts)) > MAX_TEXT_BYTES:
         raise InvalidField.of(field, f"holds {sum(map(len, texts))} characters together; at most {MAX_TEXT_BYTES}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from slipstream_server.errors import InvalidField, InvalidRequest
-from slipstream_server.tasks.inputs import MAX_TEXT_BYTES, check_input, check_kinds, size_bytes
+from slipstream_server.tasks.inputs import MAX_CELLS, MAX_TEXT_BYTES, check_input, check_kinds, size_bytes
 from slipstream_server.tasks.items import (
     AudioInput,
     Box,
@@ -127,3 +129,12 @@ def test_kinds_and_numbers_of_inputs() -> None:
 def test_a_template_means_nothing_to_object_detection() -> None:
     with pytest.raises(InvalidRequest, match="hypothesis_template"):
         check_input(TASKS["zero-shot-object-detection"], ZeroShotImageInput(b"x", ("a",), "a {}"))
+
+
+def test_many_columns_with_one_of_them_twice_are_judged_at_once() -> None:
+    """The event loop judges: two passes over 65,536 names, not one over all pairs."""
+    columns = (*(str(place) for place in range(MAX_CELLS - 1)), "7")
+    started_s = time.process_time()
+    with pytest.raises(InvalidField, match="'7' twice"):
+        check_input(SPEC, TableQuestionInput("a", columns, (columns,)))
+    assert time.process_time() - started_s < 1.0

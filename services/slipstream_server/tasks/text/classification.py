@@ -71,13 +71,19 @@ class ZeroShotClassification:
         asked = expect(item, ZeroShotInput)
         template = DEFAULT_HYPOTHESIS if asked.hypothesis_template is None else asked.hypothesis_template
         if not asked.text or not asked.candidate_labels:
-            raise InvalidField.of("text" if asked.candidate_labels else "candidate_labels", "is empty")
+            raise InvalidField.of(
+                "zero_shot.text" if asked.candidate_labels else "zero_shot.candidate_labels", "is empty"
+            )
         if "{}" not in template:
-            raise InvalidField.of("hypothesis_template", f"{template[:100]!r} has no {{}} where the label goes")
+            raise InvalidField.of(
+                "zero_shot.hypothesis_template", f"{template[:100]!r} has no {{}} where the label goes"
+            )
         # Not str.format: a caller's template may ask for a width of a billion, or for attributes.
         hypotheses = [template.replace("{}", label) for label in asked.candidate_labels]
         cut: Cut = "first" if parameters.get("truncation", True) else "none"
-        return [piece_of(self._model.encoder.encode(asked.text, h, cut=cut, field="text")) for h in hypotheses]
+        return [
+            piece_of(self._model.encoder.encode(asked.text, h, cut=cut, field="zero_shot.text")) for h in hypotheses
+        ]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         return sequence_logits(self._model, pieces)

@@ -122,8 +122,11 @@ class SentenceSimilarity:
     def prepare(self, item: TaskInput, parameters: Mapping[str, Any]) -> Sequence[Piece]:
         asked = expect(item, SimilarityInput)
         if not asked.source_sentence:
-            raise InvalidField.of("source_sentence", "is empty")
-        named = [("source_sentence", asked.source_sentence), *(("sentences", text) for text in asked.sentences)]
+            raise InvalidField.of("similarity.source_sentence", "is empty")
+        named = [
+            ("similarity.source_sentence", asked.source_sentence),
+            *(("similarity.sentences", text) for text in asked.sentences),
+        ]
         return _pieces(self._embedder, named, parameters)
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
@@ -142,8 +145,8 @@ class EmbeddingRanking:
     def prepare(self, item: TaskInput, parameters: Mapping[str, Any]) -> Sequence[Piece]:
         asked = expect(item, RankingInput)
         if not asked.query:
-            raise InvalidField.of("query", "is empty")
-        named = [("query", asked.query), *(("documents", text) for text in asked.documents)]
+            raise InvalidField.of("ranking.query", "is empty")
+        named = [("ranking.query", asked.query), *(("ranking.documents", text) for text in asked.documents)]
         return _pieces(self._embedder, named, parameters)
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:

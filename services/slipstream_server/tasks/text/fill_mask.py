@@ -102,7 +102,7 @@ class FillMask:
     def _target_ids(self, targets: Sequence[str]) -> list[int]:
         ids = {i for target in targets if (i := self._target_id(target)) is not None}
         if not ids:
-            raise InvalidField.of("targets", "none of them is made of tokens of this model")
+            raise InvalidField.of("parameters.targets", "none of them is made of tokens of this model")
         return sorted(ids)
 
     def _target_id(self, target: str) -> int | None:

@@ -62,7 +62,7 @@ class QuestionAnswering:
         asked = expect(item, QuestionAnsweringInput)
         for field, text in (("question", asked.question), ("context", asked.context)):
             if not text:
-                raise InvalidField.of(field, "is empty")
+                raise InvalidField.of(f"question_answering.{field}", "is empty")
         window_tokens, stride = self._window_sizes(parameters)
         texts = (asked.question, asked.context)
         windows = self._model.encoder.windows(
@@ -70,7 +70,8 @@ class QuestionAnswering:
             max_tokens=window_tokens,
             stride=stride,
             cut_second=self._question_first,
-            stride_field="doc_stride",
+            stride_field="parameters.doc_stride",
+            staying_field="question_answering.question",
             max_first_tokens=parameters.get("max_question_len"),
         )
         return [Piece(size=len(row.token_ids), payload=row) for row in Row.of_windows(windows)]
@@ -114,11 +115,11 @@ class QuestionAnswering:
         most = self._model.encoder.max_tokens
         wanted = parameters.get("max_seq_len")
         if wanted is not None and most is not None and wanted > most:
-            raise InvalidField.of("max_seq_len", f"{wanted} exceeds the {most} tokens that this model reads")
+            raise InvalidField.of("parameters.max_seq_len", f"{wanted} exceeds the {most} tokens that this model reads")
         window = min(most or _USUAL_WINDOW_TOKENS, _USUAL_WINDOW_TOKENS) if wanted is None else wanted
         stride = parameters.get("doc_stride")
         if stride is not None and stride > window:
-            raise InvalidField.of("doc_stride", f"{stride} exceeds max_seq_len, which is {window}")
+            raise InvalidField.of("parameters.doc_stride", f"{stride} exceeds max_seq_len, which is {window}")
         return window, min(window // 2, _USUAL_STRIDE_TOKENS) if stride is None else stride
 
     def _probabilities(self, window: _Window) -> tuple[np.ndarray[Any, Any], FloatArray, FloatArray]:

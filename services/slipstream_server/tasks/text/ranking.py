@@ -26,10 +26,12 @@ class CrossEncoderRanking:
     def prepare(self, item: TaskInput, parameters: Mapping[str, Any]) -> Sequence[Piece]:
         asked = expect(item, RankingInput)
         if not asked.query:
-            raise InvalidField.of("query", "is empty")
+            raise InvalidField.of("ranking.query", "is empty")
         cut: Cut = "second" if parameters.get("truncation") else "none"
         encode = self._model.encoder.encode
-        return [piece_of(encode(asked.query, document, cut=cut, field="documents")) for document in asked.documents]
+        return [
+            piece_of(encode(asked.query, document, cut=cut, field="ranking.documents")) for document in asked.documents
+        ]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         return sequence_logits(self._model, pieces)

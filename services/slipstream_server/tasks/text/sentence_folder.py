@@ -37,7 +37,9 @@ class SentenceSettings:
     def require_known(self) -> None:
         """Raise UnsupportedField where the folder's own recipe cannot be followed."""
         if self.unknown:
-            raise UnsupportedField.of("pooling", f"must be given: this model's own recipe needs {self.unknown}")
+            raise UnsupportedField.of(
+                "parameters.pooling", f"must be given: this model's own recipe needs {self.unknown}"
+            )
 
 
 def read_sentence_settings(folder: Path) -> SentenceSettings:

@@ -63,7 +63,9 @@ class CellSelection:
         )
         size = int(features["input_ids"].shape[1])
         if size > self._max_tokens:
-            raise PromptTooLong.of("table", f"{size} tokens exceed the {self._max_tokens} that this model reads")
+            raise PromptTooLong.of(
+                "table_question.table", f"{size} tokens exceed the {self._max_tokens} that this model reads"
+            )
         return [Piece(size=size, payload=dict(features))]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
@@ -128,7 +130,7 @@ class WrittenTableAnswer:
         while True:
             text = " " + _written_out(asked.query, asked.columns, rows).lower()
             try:
-                return self._model.encoder.encode(text, field="table")
+                return self._model.encoder.encode(text, field="table_question.table")
             except PromptTooLong:
                 if not truncates or len(rows) == 1:
                     raise
@@ -145,12 +147,14 @@ def checked(item: TaskInput) -> TableQuestionInput:
     """The question with a table that is one; raises InvalidField otherwise."""
     asked = expect(item, TableQuestionInput)
     if not asked.query:
-        raise InvalidField.of("query", "is empty")
+        raise InvalidField.of("table_question.query", "is empty")
     if not asked.columns or not asked.rows:
-        raise InvalidField.of("table", "needs at least one column and one row")
+        raise InvalidField.of("table_question.table", "needs at least one column and one row")
     for number, row in enumerate(asked.rows):
         if len(row) != len(asked.columns):
-            raise InvalidField.of(f"table.rows[{number}]", f"{len(row)} cells for {len(asked.columns)} columns")
+            raise InvalidField.of(
+                f"table_question.table.rows[{number}].cells", f"{len(row)} cells for {len(asked.columns)} columns"
+            )
     return asked
 
 

@@ -61,12 +61,14 @@ class TokenClassification:
         encoder = self._model.encoder
         if stride is not None:
             if parameters.get("aggregation_strategy", "none") == "none":
-                raise InvalidField.of("stride", "needs an aggregation_strategy other than none")
+                raise InvalidField.of("parameters.stride", "needs an aggregation_strategy other than none")
             text = item.words if isinstance(item, WordsInput) else expect(item, TextInput).text
-            windows = encoder.windows(text, max_tokens=encoder.max_tokens, stride=stride, stride_field="stride")
+            windows = encoder.windows(
+                text, max_tokens=encoder.max_tokens, stride=stride, stride_field="parameters.stride"
+            )
             return [piece_of(window, keep=True) for window in windows]
         if isinstance(item, WordsInput):
-            return [piece_of(encoder.encode_words(item.words, cut=cut, field="words"), keep=True)]
+            return [piece_of(encoder.encode_words(item.words, cut=cut, field="words.words"), keep=True)]
         return [piece_of(encoder.encode(expect(item, TextInput).text, cut=cut, field="text"), keep=True)]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:

@@ -65,13 +65,14 @@ class TextEncoder:
         stride: int,
         cut_second: bool = False,
         stride_field: str,
+        staying_field: str = "text",
         max_first_tokens: int | None = None,
     ) -> list[tokenizers.Encoding]:
         """The text in windows of ``max_tokens`` that share ``stride`` tokens; of a pair one text goes through the
         windows and the other stands in each. One window where everything fits.
 
-        Raises InvalidField, naming ``stride_field``, where windows would not get on, PromptTooLong where the text that
-        stays leaves no room.
+        Raises InvalidField, naming ``stride_field``, where windows would not get on, PromptTooLong, naming
+        ``staying_field``, where the text that stays leaves no room.
         """
         words = None if isinstance(text, str) else list(text)
         first = self._splitter.encode(words or text, is_pretokenized=words is not None, add_special_tokens=False)
@@ -85,7 +86,7 @@ class TextEncoder:
             room = max_tokens - num_special - num_staying
             if room < 1:
                 raise PromptTooLong.of(
-                    "question", f"{num_staying} tokens leave no room for the text among the {max_tokens} of a window"
+                    staying_field, f"{num_staying} tokens leave no room for the text among the {max_tokens} of a window"
                 )
             if stride >= room:
                 raise InvalidField.of(stride_field, f"{stride} is not below the {room} tokens of text in a window")
