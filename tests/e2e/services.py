@@ -24,7 +24,7 @@ from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from slipstream.type.v1 import chat_message_pb2
 
-START_TIMEOUT_S = 90.0
+START_TIMEOUT_S = 240.0
 ENDLESS_TOKENS = 30_000
 """More than any test waits for."""
 

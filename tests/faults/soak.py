@@ -1,0 +1,210 @@
+"""Real services under mixed traffic for minutes: memory stays flat, every request ends exactly once, nothing stays.
+
+    python -m tests.faults.soak [--minutes 20] [--clients 16] [--seed 1] [--kinds KIND ...]
+
+Starts the adapter registry, inference (a tiny decoder by continuous batches, a tiny classifier) and chat as processes
+of their own. Prints one JSON line; exit status 1 where a promise was broken, with the reasons in ``problems``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import psutil
+from safetensors.numpy import save
+from tests.rpc.adapters_kit import chunk_messages, header_message
+from tests.unit.adapters.lora_files import CONFIG, WEIGHTS, peft_config
+
+from e2e.services import Running, chat_stub, inference_flags, inference_stub, service
+from e2e.tiny_model import write_tiny_model
+from faults.soak_traffic import ADAPTERS, KINDS, Traffic
+from slipstream.adapters.v1 import adapter_service_pb2 as adapters_pb2
+from slipstream.adapters.v1 import adapter_service_pb2_grpc as adapter_grpc
+
+SAMPLE_EVERY_S = 1.0
+SETTLE_TIMEOUT_S = 30.0
+# Of the medians of the last and of the first sixth after the warm-up third; allocators keep a little.
+MOST_GROWTH_BYTES = 32 << 20
+MOST_CHANGED_SHARE = 0.01
+# Prefixes that are kept fill the pool; it is small, so that it is full before memory is judged.
+POOL_TOKENS = 32_768
+HIDDEN, RANK, LAYERS = 64, 4, 2
+
+
+@dataclass(slots=True)
+class Memory:
+    """Resident bytes over time of each process."""
+
+    processes: dict[str, psutil.Process]
+    samples: dict[str, list[int]] = field(default_factory=dict)
+
+    async def follow(self) -> None:
+        """A sample of each, now and then. Never returns."""
+        while True:
+            for name, process in self.processes.items():
+                self.samples.setdefault(name, []).append(process.memory_info().rss)
+            await asyncio.sleep(SAMPLE_EVERY_S)
+
+    def growth_bytes(self, name: str) -> int:
+        """From the first sixth after the warm-up third to the last sixth."""
+        samples = self.samples[name]
+        sixth = max(1, len(samples) // 6)
+        return int(statistics.median(samples[-sixth:]) - statistics.median(samples[2 * sixth : 3 * sixth]))
+
+    def curve_mib(self, name: str) -> list[int]:
+        """Twelve samples over the whole time, and the last."""
+        samples = self.samples[name]
+        return [round(sample / (1 << 20)) for sample in (*samples[:: max(1, len(samples) // 12)], samples[-1])]
+
+    def mib_per_minute(self, name: str) -> float:
+        """Slope after the warm-up third."""
+        judged = self.samples[name][len(self.samples[name]) // 3 :]
+        if len(judged) < 2:
+            return 0.0
+        return float(np.polyfit(np.arange(len(judged)) * SAMPLE_EVERY_S / 60, judged, 1)[0]) / (1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The services and their stubs."""
+
+    inference: Running
+    chat: Running
+    traffic: Traffic
+
+    def processes(self) -> dict[str, psutil.Process]:
+        found = {"front": psutil.Process(self.inference.pid), "chat": psutil.Process(self.chat.pid)}
+        return found | {f"worker_{place}": worker for place, worker in enumerate(self.inference.workers())}
+
+
+@asynccontextmanager
+async def stage(folder: Path) -> AsyncIterator[Stage]:
+    """All services, with adapters published."""
+    from tests.parity.encoder_models import write_model
+
+    tiny = write_tiny_model(folder / "tiny")
+    judge = write_model("bert-classes", folder / "judge")
+    flags = inference_flags(f"tiny={tiny}", "--model", f"judge={judge}", "--max-batch-tokens", str(POOL_TOKENS))
+    async with service("adapters", folder / "registry") as registry:
+        async with grpc.aio.insecure_channel(registry.address) as channel:
+            await publish(adapter_grpc.AdapterServiceStub(channel))
+        async with (
+            service("inference", folder / "inference", *flags, "--adapters-address", registry.address) as inference,
+            service("chat", folder / "chat", "--inference-address", inference.address) as chat,
+            grpc.aio.insecure_channel(inference.address) as channel,
+            grpc.aio.insecure_channel(chat.address) as chat_channel,
+        ):
+            yield Stage(inference, chat, Traffic(inference_stub(channel), chat_stub(chat_channel)))
+
+
+async def publish(stub: Any) -> None:
+    """A live version of every adapter."""
+    for seed, name in enumerate(ADAPTERS):
+        files = adapter_files(seed)
+        header = header_message(name, files, create_missing=True, base_model="models/tiny")
+        await stub.UploadAdapter(iter([header, *chunk_messages(files, 100_000)]))
+        await stub.SetAdapterAlias(adapters_pb2.SetAdapterAliasRequest(name=f"{name}@live", version="v1"))
+
+
+def adapter_files(seed: int) -> dict[str, bytes]:
+    """A LoRA of noise for the tiny model's queries."""
+    dice = np.random.default_rng(seed)
+    weights = {
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{part}.weight": dice.normal(0, 0.1, shape).astype(
+            np.float32
+        )
+        for layer in range(LAYERS)
+        for part, shape in (("A", (RANK, HIDDEN)), ("B", (HIDDEN, RANK)))
+    }
+    config = peft_config(target_modules=["q_proj"], base_model_name_or_path="models/tiny")
+    return {CONFIG: json.dumps(config).encode(), WEIGHTS: save(weights, metadata={"format": "pt"})}
+
+
+async def soak(*, minutes: float, clients: int, seed: int, kinds: list[str]) -> dict[str, Any]:
+    """The line to print."""
+    with tempfile.TemporaryDirectory(prefix="slipstream-soak-") as folder:
+        async with stage(Path(folder)) as on:
+            for kind in kinds:  # each once, so that what is loaded on first use is there
+                await on.traffic.one(kind, random.Random(seed))
+            memory = Memory(on.processes())
+            following = asyncio.create_task(memory.follow())
+            until_s = time.monotonic() + 60 * minutes
+            lives = [on.traffic.client(seed + n, kinds, lambda: time.monotonic() < until_s) for n in range(clients)]
+            await asyncio.gather(*lives)
+            following.cancel()
+            left = await settle(on.inference)
+            return summary(on, memory, left, minutes=minutes, clients=clients, seed=seed)
+
+
+async def settle(inference: Running) -> dict[str, float]:
+    """What still runs or is held when everybody has gone; empty when nothing is."""
+    until_s = time.monotonic() + SETTLE_TIMEOUT_S
+    while (left := remains(inference)) and time.monotonic() < until_s:
+        await asyncio.sleep(0.1)
+    return left
+
+
+def remains(inference: Running) -> dict[str, float]:
+    names = ("rpc_calls_running", "num_requests_running", "num_requests_waiting", "kv_cache_tokens")
+    # The scrape is no call of these, and health watches are none of ours.
+    return {name: value for name in names if (value := inference.metric(f"slipstream_{name}"))}
+
+
+def summary(on: Stage, memory: Memory, left: dict[str, float], **asked: Any) -> dict[str, Any]:
+    """Counts, memory, and every broken promise."""
+    traffic = on.traffic
+    problems = [f"{name} is {value:g} when nobody is there" for name, value in left.items()]
+    ended = sum(traffic.ends.values())
+    if ended != sum(traffic.started.values()):
+        problems.append(f"{sum(traffic.started.values())} calls began and {ended} ended")
+    restarts = on.inference.metric("slipstream_worker_restarts_total")
+    if restarts:
+        problems.append(f"{restarts:g} workers died")
+    for name in memory.samples:
+        if (growth := memory.growth_bytes(name)) > MOST_GROWTH_BYTES:
+            problems.append(f"{name} grew by {growth / (1 << 20):.0f} MiB")
+    if traffic.changed > MOST_CHANGED_SHARE * traffic.repeated:
+        problems.append(f"{traffic.changed} of {traffic.repeated} repeated greedy answers were others than before")
+    problems += traffic.problems
+    return {
+        "bench": "soak",
+        **asked,
+        "calls": ended,
+        "ends": {f"{kind} {end}": count for (kind, end), count in sorted(traffic.ends.items())},
+        "tokens": traffic.tokens,
+        "changed_answers": [traffic.changed, traffic.repeated],
+        "rss_mib": {name: memory.curve_mib(name) for name in memory.samples},
+        "rss_mib_per_minute": {name: round(memory.mib_per_minute(name), 2) for name in memory.samples},
+        "preemptions": on.inference.metric("slipstream_num_preemptions_total"),
+        "is_sound": not problems,
+        "problems": problems[:20],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of calls; all of them")
+    line = asyncio.run(soak(**vars(parser.parse_args())))
+    print(json.dumps(line), flush=True)
+    return 0 if line["is_sound"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
