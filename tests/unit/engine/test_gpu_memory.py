@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from slipstream_server.inference.engine import gathered_attention
-from slipstream_server.inference.engine.gpu_memory import GpuMemory
+from slipstream_server.inference.engine.gpu_memory import GpuMemory, problem_with
 from slipstream_server.inference.engine.gpu_tables import num_decoding_rows
 from slipstream_server.inference.engine.paged_attention import LayerShape, Layout
 
@@ -143,3 +143,17 @@ def test_contexts_are_split_to_fill_the_device_and_no_further() -> None:
     assert splits_for(num_programs=8, most_tokens=600, num_processors=132) == 2
     assert splits_for(num_programs=1000, most_tokens=100_000, num_processors=132) == 1
     assert splits_for(num_programs=1, most_tokens=3, num_processors=132) == 1
+
+
+def test_kernels_are_tried_before_they_are_used(kernels: ModuleType) -> None:
+    assert problem_with(kernels, CPU) is None
+
+
+def test_kernels_that_fail_or_answer_wrongly_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> torch.Tensor:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(gathered_attention, "attend", lambda queries_HND, *rest: 2 * queries_HND.transpose(0, 1))
+    assert problem_with(gathered_attention, CPU) == "they answer wrongly"
+    monkeypatch.setattr(gathered_attention, "attend", fail)
+    assert problem_with(gathered_attention, CPU) == "RuntimeError: no compiler"

@@ -1,8 +1,8 @@
 """KV memory on GPUs: blocks ``[B, K, L, D]`` in the model's dtype, and the kernels that read them.
 
-``new_gpu_memory`` takes the Triton kernels where triton is there (it comes with CUDA builds of torch), else plain torch
-(gathered_attention). A step's tables go to each device that has a layer, once a step, without waiting. Recorded steps
-(decode_graphs) bring tables of their own. Engine thread. Shapes: as in paged_attention.
+``new_gpu_memory`` takes the Triton kernels where they work (triton comes with CUDA builds of torch, and wants a C
+compiler), else plain torch (gathered_attention). A step's tables go to each device that has a layer, once a step,
+without waiting. Recorded steps (decode_graphs) bring tables of their own. Engine thread. Shapes: as in paged_attention.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import importlib.util
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from slipstream_server.inference.engine import gathered_attention
@@ -109,8 +111,28 @@ class GpuMemory:
 def new_gpu_memory(
     shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> GpuMemory:
-    """With the best kernels that this installation has."""
-    return GpuMemory(shapes, num_blocks, dtype, devices, _best_kernels())
+    """With the best kernels that work here."""
+    return GpuMemory(shapes, num_blocks, dtype, devices, _best_kernels(devices[0]))
+
+
+def problem_with(kernels: ModuleType, device: torch.device) -> str | None:
+    """Why these kernels cannot be used on the device, found out by a first small step; None if they can."""
+    shape = LayerShape(num_heads=1, key_size=16, value_size=16)
+    layout = Layout(
+        rows_N=np.zeros(2, dtype=np.int32),
+        positions_N=np.arange(2, dtype=np.int32),
+        tables_SB=np.zeros((1, 1), dtype=np.int32),
+        starts=(0, 2),
+    )
+    try:
+        memory = GpuMemory([shape], 1, torch.float32, [device], kernels)
+        memory.lay_out(layout)
+        ones = torch.ones((1, 1, 2, 16), device=device)
+        found = memory.attend(0, ones, ones, ones, scale=1.0, window=0, softcap=0.0)
+        # Whatever the weights are, the mean of ones is one.
+        return None if bool((found - 1).abs().max() < 1e-3) else "they answer wrongly"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _current(device: torch.device) -> AbstractContextManager[Any]:
@@ -118,10 +140,15 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _best_kernels() -> ModuleType:
+@cache
+def _best_kernels(device: torch.device) -> ModuleType:
     if importlib.util.find_spec("triton") is None:
-        logger.warning("triton is missing: attention runs in plain torch, several times as slow, and without graphs")
-        return gathered_attention
-    from slipstream_server.inference.engine import gpu_attention
+        problem: str | None = "triton is missing"
+    else:
+        from slipstream_server.inference.engine import gpu_attention
 
-    return gpu_attention
+        problem = problem_with(gpu_attention, device)
+        if problem is None:
+            return gpu_attention
+    logger.warning("attention runs in plain torch, several times as slow and without graphs: %s", problem)
+    return gathered_attention
