@@ -273,7 +273,7 @@ def test_decoding_goes_first_and_prompts_share_what_is_left() -> None:
     plan = driver.step()
     ids = [one.row.request.id for one in (first, long, short)]
     assert chunks_of(plan) == dict(zip(ids, [1, 50, 40], strict=True))
-    assert [chunk.sequence for chunk in plan.chunks][0] is first
+    assert plan.chunks[0].sequence is first
 
 
 def test_nobody_joins_before_all_that_run_have_their_share() -> None:

@@ -1,4 +1,4 @@
-"""Every family of decoder-only models: continuous batches answer as ``generate`` does, or the model is served padded."""
+"""Families of decoder-only models: continuous batches answer as ``generate`` does, or the model is served padded."""
 
 from __future__ import annotations
 
