@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
+import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -172,6 +175,42 @@ async def test_a_reader_that_stops_reading_is_cut_off_and_nobody_waits_for_it(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await read_all(call)
         assert refusal_of(caught.value).reason == "SLOW_READER"
+
+
+async def test_a_reader_that_stops_reading_slows_nobody_in_its_batch(
+    tmp_path: Path, tiny_model: Path, assert_eventually: Eventually
+) -> None:
+    closed_window = (("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0))
+    flags = inference_flags(tiny_model, "--write-timeout-s", "120", "--max-stream-buffer-bytes", str(1 << 16))
+    async with (
+        service("inference", tmp_path, *flags) as inference,
+        grpc.aio.insecure_channel(inference.address, options=closed_window) as slow,
+        grpc.aio.insecure_channel(inference.address) as channel,
+    ):
+        stub = inference_stub(channel)
+
+        async def gap_s() -> float:
+            """Median time between two deltas of a stream that is read."""
+            times = []
+            async for event in stub.StreamGenerate(generate_request(max_new_tokens=150)):
+                if event.HasField("delta"):
+                    times.append(time.perf_counter())
+            return statistics.median(later - earlier for earlier, later in itertools.pairwise(times))
+
+        await gap_s()
+        call = inference_stub(slow).StreamGenerate(generate_request())
+        await read_deltas(call, 5)
+        other = inference_stub(channel).StreamGenerate(generate_request())
+        reading = asyncio.create_task(read_all(other))
+        # In company of one that stopped reading, and of one that reads: the same row, so the same price.
+        unread = [await gap_s() for _ in range(5)]
+        call.cancel()
+        await assert_eventually(lambda: inference.num_requests() == 1)
+        read = [await gap_s() for _ in range(5)]
+        reading.cancel()
+        assert statistics.median(unread) < 3 * statistics.median(read) + 0.005
+        assert psutil.Process(inference.pid).memory_info().rss < 1 << 30
+        await assert_eventually(lambda: inference.num_requests() == 0)
 
 
 PROBE = """
