@@ -86,6 +86,7 @@ console = Console()
 
 def main() -> int:
     """Pull the models, run the services, show what they do."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of every ``finally``: no service stays
     slipstream = [sys.executable, "-m", "slipstream_client.cli"]
     console.rule("[bold]1  Two models")
     pull(slipstream)
