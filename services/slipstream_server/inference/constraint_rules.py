@@ -1,12 +1,15 @@
 """What a constraint may be, said before anything is compiled: sizes, nesting, and how far repetitions multiply.
 
 The compiler behind it refuses what it cannot enforce; these bounds keep what it is given small, so that one request
-cannot occupy it. Torch-free and pure; the front asks on its event loop.
+cannot occupy it. Torch-free and pure; the front asks on its event loop, so the work grows with the size alone: no
+pattern here may scan the rest of the text from each of its places. What is not closed counts up to where it ends; the
+compiler refuses it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -25,9 +28,10 @@ MAX_CHOICE_CHARS = 1024
 MAX_GRAMMAR_BYTES = 64 * 1024
 
 _REPETITION = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
+_BRACED_ESCAPE = re.compile(r"\\[pPxuU]\{[^{}]*\}")
 _VERBOSE_FLAG = re.compile(r"\(\?[a-wyzA-Z]*x")
-_GRAMMAR_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/[a-z]*|//[^\n]*|\#[^\n]*')
-_GRAMMAR_REFUSED = re.compile(r"%(?!ignore\b|import\b)\w+|<[^\n]*?>|@\w+|\b(?:temperature|max_tokens|stop|suffix)\b")
+_GRAMMAR_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\\n])+/?[a-z]*|//[^\n]*|\#[^\n]*')
+_GRAMMAR_REFUSED = re.compile(r"%(?!ignore\b|import\b)\w+|<[^<>\n]*>|@\w+|\b(?:temperature|max_tokens|stop|suffix)\b")
 
 
 def check_constraint(constraint: Constraint) -> None:
@@ -57,7 +61,7 @@ def check_pattern(field: str, pattern: str) -> None:
 def parse_schema(text: str) -> Any:
     """The schema as plain Python."""
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
     except RecursionError:
         raise InvalidField.of("constraint.json_schema", f"is nested deeper than {MAX_SCHEMA_NESTING} levels") from None
     except ValueError as error:
@@ -66,6 +70,13 @@ def parse_schema(text: str) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is larger than any number it could be compared with")
+    return value
 
 
 def _check_schema(text: str) -> None:
@@ -149,7 +160,7 @@ def _num_positions(pattern: str) -> int:
         char = pattern[place]
         repetition = _REPETITION.match(pattern, place)
         if repetition is not None:
-            times = max(1, int(repetition[1]), int(repetition[2] or 0))
+            times = max(1, _bounded(repetition[1]), _bounded(repetition[2] or ""))
             groups[-1] += last * (times - 1)
             last *= times
             place = repetition.end()
@@ -171,10 +182,15 @@ def _num_positions(pattern: str) -> int:
     return sum(groups)
 
 
+def _bounded(digits: str) -> int:
+    """The number, or another one that is over the limit too: it may have more digits than Python reads."""
+    return int(digits.lstrip("0")[:6] or "0")
+
+
 def _after_atom(pattern: str, place: int) -> int:
     """Where the class, escape or character at ``place`` ends."""
     if pattern[place] == "\\":
-        braced = re.compile(r"\\[pPxuU]\{[^}]*\}").match(pattern, place)
+        braced = _BRACED_ESCAPE.match(pattern, place)
         return braced.end() if braced else place + 2
     if pattern[place] != "[":
         return place + 1
