@@ -184,6 +184,7 @@ class WorkerRun(TaskRun):
         self._parameters = dict(parameters)
         self._dispatcher = dispatcher
         self._request_ids = request_ids
+        self._call = next(request_ids)
         self._deadline_monotonic_s = deadline_monotonic_s
         self._tickets: dict[TaskTicket, asyncio.TimerHandle | None] = {}
 
@@ -205,6 +206,7 @@ class WorkerRun(TaskRun):
             id=next(self._request_ids),
             task=self.spec.id,
             inputs=tuple(item for _, item in items),
+            call=self._call,
             parameters=self._parameters,
             deadline_monotonic_s=self._deadline_monotonic_s,
         )

@@ -2,16 +2,16 @@
 
 Plain Python without torch, on the engine's thread; time is an argument, in seconds of ``time.monotonic``.
 
-    request ── its pieces, first come first served ──┐
-    request ── ...                                   ├──> head ── neighbours in size ──> batch
-    request ── ...                                   ┘
+    call ── its pieces, first come first served ──┐
+    call ── ...                                   ├──> head ── neighbours in size ──> batch
+    call ── ...                                   ┘
 
-Fairness comes first: the request that has had the least service gives the head of the batch, its oldest piece. Then
+Fairness comes first: the call that has had the least service gives the head of the batch, its oldest piece. Then
 efficiency: waiting pieces next to the head in size join it while they cost little padding. Service is counted in
-tokens on a virtual clock that advances with the fair share of a request (as in weighted fair queueing, A. Parekh and
-R. Gallager 1993), so that a request with a thousand long texts and one with a single short one make progress side by
+tokens on a virtual clock that advances with the fair share of a call (as in weighted fair queueing, A. Parekh and
+R. Gallager 1993), so that a call with a thousand long texts and one with a single short one make progress side by
 side. A better priority goes first, but nobody is passed over for more than ``PATIENCE_BATCHES`` batches in a row, plus
-one for each request that has waited even longer.
+one for each call that has waited even longer. A large call comes as several requests, which share as one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ _Entry = tuple[int, int, Work]  # size, serial number, work: sorted by size, the
 
 @dataclass(slots=True, eq=False)
 class _Share:
-    """A request that waits: its pieces in order, and the service it has had on the virtual clock."""
+    """A call that waits: its pieces in order, and the service it has had on the virtual clock."""
 
     priority: int
     arrival: int
@@ -82,11 +82,12 @@ class _Share:
 
 
 class PieceQueue:
-    """The pieces that wait, by request and by size."""
+    """The pieces that wait, by call and by size."""
 
     def __init__(self, limits: TaskLimits) -> None:
         self._limits = limits
         self._shares: dict[int, _Share] = {}
+        self._calls: dict[int, int] = {}  # whose share holds the piece of a serial number
         self._groups: dict[Hashable, list[_Entry]] = {}
         self._since_s: dict[int, float] = {}
         self._num_tokens = 0
@@ -97,32 +98,34 @@ class PieceQueue:
     def __len__(self) -> int:
         return len(self._since_s)
 
-    def add(self, work: Iterable[Work], priority: int, now_s: float) -> None:
-        """Let ``work`` wait; that of one request in the order in which it is to be served."""
+    def add(self, work: Iterable[Work], priority: int, now_s: float, *, call: int | None = None) -> None:
+        """Let ``work`` wait; that of one call in the order in which it is to be served. None: a request of its own."""
         for item in work:
             entry = (item.piece.size, self._serial, item)
             self._serial += 1
-            share = self._shares.get(item.request_id)
+            payer = item.request_id if call is None else call
+            share = self._shares.get(payer)
             if share is None:
-                share = self._shares[item.request_id] = _Share(priority, self._arrivals, self._virtual_tokens)
+                share = self._shares[payer] = _Share(priority, self._arrivals, self._virtual_tokens)
                 self._arrivals += 1
             share.waiting[entry[1]] = entry
+            self._calls[entry[1]] = payer
             insort(self._groups.setdefault(item.group, []), entry)
             self._since_s[entry[1]] = now_s
             self._num_tokens += item.piece.size
 
     def remove(self, request_id: int, input_index: int | None = None) -> None:
         """Forget a request's pieces, or those of one of its inputs."""
-        share = self._shares.get(request_id)
-        if share is None:
-            return
-        gone = [e for e in share.waiting.values() if input_index is None or e[2].input_index == input_index]
+        gone = [
+            entry
+            for share in self._shares.values()
+            for entry in share.waiting.values()
+            if entry[2].request_id == request_id and (input_index is None or entry[2].input_index == input_index)
+        ]
         for group in {entry[2].group for entry in gone}:
             serials = {entry[1] for entry in gone}
             self._groups[group] = [entry for entry in self._groups[group] if entry[1] not in serials]
         self._forget(gone)
-        if not share.waiting:
-            self._shares.pop(request_id, None)
 
     def collect(self, now_s: float, *, more_coming: bool) -> list[Work]:
         """The next batch; empty where nothing waits or where it pays to wait a little for ``more_coming``."""
@@ -144,12 +147,12 @@ class PieceQueue:
         return self._delayed_s() if self._may_wait(now_s, more_coming=more_coming) else now_s
 
     def check_integrity(self) -> None:
-        """Assert that requests, groups and counts agree."""
-        by_request = [entry for share in self._shares.values() for entry in share.waiting.values()]
+        """Assert that calls, groups and counts agree."""
+        by_call = [entry for share in self._shares.values() for entry in share.waiting.values()]
         by_group = [entry for entries in self._groups.values() for entry in entries]
-        assert sorted(entry[1] for entry in by_request) == sorted(entry[1] for entry in by_group)
-        assert {entry[1] for entry in by_request} == set(self._since_s)
-        assert self._num_tokens == sum(entry[0] for entry in by_request)
+        assert sorted(entry[1] for entry in by_call) == sorted(entry[1] for entry in by_group)
+        assert {entry[1] for entry in by_call} == set(self._since_s) == set(self._calls)
+        assert self._num_tokens == sum(entry[0] for entry in by_call)
         assert all(share.waiting for share in self._shares.values())
         assert all(entries and entries == sorted(entries) for entries in self._groups.values())
 
@@ -192,19 +195,19 @@ class PieceQueue:
     def _charge(self, chosen: Sequence[_Entry]) -> None:
         """Take the chosen pieces out and count their tokens as service."""
         self._virtual_tokens += sum(entry[0] for entry in chosen) / len(self._shares)
-        served = {entry[2].request_id for entry in chosen}
-        for request_id, share in self._shares.items():
-            share.num_passed_over = 0 if request_id in served else share.num_passed_over + 1
-        for size, _, work in chosen:
-            self._shares[work.request_id].served += size
+        served = {self._calls[serial] for _, serial, _ in chosen}
+        for call, share in self._shares.items():
+            share.num_passed_over = 0 if call in served else share.num_passed_over + 1
+        for size, serial, _ in chosen:
+            self._shares[self._calls[serial]].served += size
         self._forget(chosen)
-        for request_id in served:
-            if not self._shares[request_id].waiting:
-                del self._shares[request_id]
 
     def _forget(self, entries: Sequence[_Entry]) -> None:
         for size, serial, work in entries:
-            del self._shares[work.request_id].waiting[serial]
+            call = self._calls.pop(serial)
+            del self._shares[call].waiting[serial]
+            if not self._shares[call].waiting:
+                del self._shares[call]
             del self._since_s[serial]
             self._num_tokens -= size
             if not self._groups.get(work.group, True):

@@ -456,12 +456,14 @@ TaskResult = (
 class TaskRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One call's work for one worker, complete: parameters are validated and every default is filled in.
 
-    ``deadline_monotonic_s`` is CLOCK_MONOTONIC, which processes of one machine share. Ids are the front's.
+    ``deadline_monotonic_s`` is CLOCK_MONOTONIC, which processes of one machine share. Ids are the front's. Requests
+    that are parts of one call have its ``call``: together they get the share of one. None: a call of its own.
     """
 
     id: int
     task: str
     inputs: tuple[TaskInput, ...]
+    call: int | None = None
     parameters: dict[str, Any] = {}
     priority: int = 1
     deadline_monotonic_s: float | None = None

@@ -77,6 +77,20 @@ def test_a_thousand_long_texts_do_not_hold_up_a_short_one() -> None:
     assert 2 in {item.request_id for batch in (collect(queue), collect(queue)) for item in batch}
 
 
+def test_a_call_in_many_requests_has_the_share_of_one() -> None:
+    queue = PieceQueue(LIMITS)
+    for request_id in range(32):
+        queue.add(work(request_id, [250] * 32), 1, 0.0, call=7)
+    for _ in range(5):
+        assert 99 not in {item.request_id for item in collect(queue)}
+    queue.add(work(99, [6]), 1, 0.0)
+    assert 99 in {item.request_id for batch in (collect(queue), collect(queue)) for item in batch}
+    queue.remove(3)
+    queue.check_integrity()
+    assert 3 not in {item.request_id for _ in range(2000) for item in collect(queue)}
+    assert len(queue) == 0
+
+
 def test_short_texts_that_keep_coming_leave_the_long_one_its_share() -> None:
     queue = PieceQueue(LIMITS)
     queue.add(work(0, [256] * 50), 1, 0.0)

@@ -203,7 +203,7 @@ class TaskEngine:
         num_tokens = sum(piece.size for piece in pieces) if counts else 0
         live.inputs[index] = _Input([None] * len(pieces), len(pieces), num_tokens)
         work = (Work(request.id, index, n, piece, (request.task, piece.group)) for n, piece in enumerate(pieces))
-        self._queue.add(work, request.priority, self._clock())
+        self._queue.add(work, request.priority, self._clock(), call=request.call)
 
     def _take_answered(self, answered: _Answered) -> None:
         if not answered.live.is_over:
