@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 import pytest_asyncio
-from tests.rpc.models_kit import ModelService, folder, model_service
+from tests.rpc.models_kit import ModelService, edit_config, folder, model_service
 from tests.rpc.test_model_making import INVALID, refused
 
 from slipstream.inference.v1 import architecture_pb2
@@ -209,3 +209,9 @@ async def test_a_task_is_known_by_its_other_names(service: ModelService, alias: 
 async def test_a_question_that_cannot_be_is_refused(service: ModelService, fields: dict[str, Any], field: str) -> None:
     found = await refused(service.stub.RecommendModels(pb2.RecommendModelsRequest(**fields)))
     assert (found[0], found[2]) == (INVALID, field), found[3]
+
+
+async def test_sizes_that_no_answer_can_hold_are_refused(service: ModelService) -> None:
+    edit_config(folder(service.root, "boundless"), num_hidden_layers=10**9, hidden_size=10**6)
+    found = await refused(estimate(service, "boundless"))
+    assert found[:2] == (grpc.StatusCode.FAILED_PRECONDITION, "CORRUPT_ARTIFACT")

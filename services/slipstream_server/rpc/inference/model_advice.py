@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import CorruptArtifact, InvalidField
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.memory_advice import MemoryAdvice, MemoryAdviser, default_device
 from slipstream_server.inference.recommendation import Need, Recommendation, recommend
@@ -26,6 +26,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _MAX_RESULTS, _USUAL_RESULTS = 50, 5
 _MAX_NAMES = 100
+_MAX_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +56,10 @@ class ModelAdvice:
         found = await asyncio.to_thread(
             rooms.configurations.find, request.source, "source", request.revision, shape_only=True
         )
-        return _estimate_message(await rooms.adviser.advise(found, choice))
+        advice = await rooms.adviser.advise(found, choice)
+        if advice.total_bytes > _MAX_BYTES:
+            raise CorruptArtifact(f"config.json: {request.source[:100]!r} describes a model of more than 2^63 bytes")
+        return _estimate_message(advice)
 
     async def RecommendModels(
         self, request: pb2.RecommendModelsRequest, context: Context
