@@ -47,7 +47,7 @@ HIDDEN, RANK, LAYERS = 64, 4, 2
 
 @dataclass(slots=True)
 class Memory:
-    """Resident bytes over time of each process."""
+    """Bytes of its own that each process holds over time."""
 
     processes: dict[str, psutil.Process]
     samples: dict[str, list[int]] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Memory:
         """A sample of each, now and then. Never returns."""
         while True:
             for name, process in self.processes.items():
-                self.samples.setdefault(name, []).append(process.memory_info().rss)
+                self.samples.setdefault(name, []).append(own_bytes(process.pid))
             await asyncio.sleep(SAMPLE_EVERY_S)
 
     def growth_bytes(self, name: str) -> int:
@@ -76,6 +76,12 @@ class Memory:
         if len(judged) < 2:
             return 0.0
         return float(np.polyfit(np.arange(len(judged)) * SAMPLE_EVERY_S / 60, judged, 1)[0]) / (1 << 20)
+
+
+def own_bytes(pid: int) -> int:
+    """Anonymous memory, in RAM or swapped out: what a busy machine takes away from a process is no shrinking of it."""
+    fields = (line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return sum(1024 * int(words[1]) for words in fields if words[0] in ("RssAnon:", "VmSwap:"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,8 +193,8 @@ def summary(on: Stage, memory: Memory, left: dict[str, float], **asked: Any) -> 
         "ends": {f"{kind} {end}": count for (kind, end), count in sorted(traffic.ends.items())},
         "tokens": traffic.tokens,
         "changed_answers": [traffic.changed, traffic.repeated],
-        "rss_mib": {name: memory.curve_mib(name) for name in memory.samples},
-        "rss_mib_per_minute": {name: round(memory.mib_per_minute(name), 2) for name in memory.samples},
+        "own_mib": {name: memory.curve_mib(name) for name in memory.samples},
+        "own_mib_per_minute": {name: round(memory.mib_per_minute(name), 2) for name in memory.samples},
         "preemptions": on.inference.metric("slipstream_num_preemptions_total"),
         "is_sound": not problems,
         "problems": problems[:20],

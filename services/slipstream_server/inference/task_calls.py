@@ -105,7 +105,7 @@ def choose_model(
 
 
 def _nobody_can(spec: TaskSpec) -> SlipstreamError:
-    hint = next((f"; `slipstream up --model {name}` serves one" for name in catalogued(spec)), "")
+    hint = next((f"; `slipstream models load {name}` loads one" for name in catalogued(spec)), "")
     return ModelNotFound(f"no model that is loaded can do {spec.id}{hint}", metadata={"task": spec.id})
 
 

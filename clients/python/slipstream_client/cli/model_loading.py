@@ -145,7 +145,8 @@ def _bar() -> Iterator[Bar]:
 
 def _say(model: Model) -> None:
     mark = {"ready": "[green]✓[/]", "unloaded": "[green]✓[/]", "failed": "[red]✗[/]"}.get(model.state, "[cyan]…[/]")
-    more = " ".join(filter(None, [" ".join(model.devices), model.data_type, model.quantization, model.batching]))
+    quantization = "" if model.quantization == "none" else model.quantization
+    more = " ".join(filter(None, [" ".join(model.devices), model.data_type, quantization, model.batching]))
     memory = terminal.in_bytes(model.memory_bytes) if model.memory_bytes else ""
     held = " ".join(filter(None, [more, memory]))
     terminal.out.print(f"{mark} [bold]{escape(model.id)}[/] {state_of(model)} [dim]{held}[/]")

@@ -85,7 +85,8 @@ def get_model(
 
 def _facts(model: Model) -> list[tuple[str, str]]:
     slots = f"{len(model.loaded_adapter_versions)} of {model.adapter_slot_count} slots"
-    held = " ".join(filter(None, [model.data_type, model.quantization, model.batching]))
+    quantization = "" if model.quantization == "none" else model.quantization
+    held = " ".join(filter(None, [model.data_type, quantization, model.batching]))
     return [
         ("model", f"[bold]{escape(model.id)}[/]"),
         ("state", state_of(model)),
