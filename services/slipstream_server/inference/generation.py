@@ -143,7 +143,10 @@ class Loading(msgspec.Struct, frozen=True, tag="loading"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """Worker to front: the model answers. ``settings`` are further facts for people, such as threads."""
+    """Worker to front: the model answers. ``settings`` are further facts for people, such as threads.
+
+    ``kv_capacity_tokens``: the most tokens that prompts and answers may have together; 0 for no such bound.
+    """
 
     device: str
     dtype: str
@@ -151,6 +154,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     batching: str
     memory_bytes: int
     settings: dict[str, str] = {}
+    kv_capacity_tokens: int = 0
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):

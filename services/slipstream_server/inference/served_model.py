@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class ServedModel:
         on_change: Callable[[], None],
     ) -> None:
         self.plan = plan
-        self.limits = _limits(plan)
+        self._limits = _limits(plan)
         self.metrics = metrics
         rows_ahead = _TASK_ROWS_AHEAD if self.runs_tasks else _ROWS_AHEAD
         self.dispatcher = Dispatcher(limits=admission, max_rows=rows_ahead * plan.worker.max_batch_size)
@@ -140,6 +140,15 @@ class ServedModel:
             _log.error("model %s: %s", self.plan.name, error.message)
             await self.supervisor.give_up(error)
         await self.supervisor.run()
+
+    @property
+    def limits(self) -> ResolveLimits:
+        """What bounds a request: also what the worker, once it is ready, can hold."""
+        ready = self.status.ready
+        capacity = ready.kv_capacity_tokens if ready is not None else 0
+        if not 0 < capacity < self._limits.context_tokens:
+            return self._limits
+        return replace(self._limits, context_tokens=capacity)
 
     def _not_ready(self) -> SlipstreamError:
         return not_ready(self.status, self.supervisor.retry_after_s)

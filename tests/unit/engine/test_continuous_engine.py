@@ -71,7 +71,10 @@ def test_a_crowd_is_answered_as_by_generate(name: str, options: dict[str, Any]) 
     """Arrivals, cancels and deadlines at any step; what is answered in part is the beginning of the answer."""
     chance = random.Random(7)
     bench = ContinuousBench(packed(name), **options)
-    asked = [request(p, n, priority=chance.randrange(3)) for p, n in crowd()]
+    is_tight = options.get("num_blocks", 400) < 10
+    # Long answers outgrow the room that was free when their sequences joined.
+    wanted = [(p, 70) for p, _ in crowd()[::3]] if is_tight else crowd()
+    asked = [request(p, n, priority=chance.randrange(3)) for p, n in wanted]
     late = {each.id for each in asked[::9]}
     asked = [
         request(each.prompt_token_ids, each.stopping.max_new_tokens, deadline_monotonic_s=bench.now + 5)
@@ -101,9 +104,9 @@ def test_a_crowd_is_answered_as_by_generate(name: str, options: dict[str, Any]) 
             assert found == expected
             assert answer.terminals == [Finished(each.id)]
             num_whole += 1
-    assert num_whole > 45
+    assert num_whole > 0.6 * len(asked)
     stats = bench.engine
-    if "num_blocks" in options and options["num_blocks"] < 10:
+    if is_tight:
         assert stats._scheduler.num_preemptions > 0
     if options.get("max_draft_tokens"):
         assert stats._outbox.totals.accepted_draft_tokens > 0

@@ -115,7 +115,10 @@ def _continuous(
     }
     ready = _ready(loaded, config, num_packed, facts)
     return engine, msgspec.structs.replace(
-        ready, attention=ATTENTION, memory_bytes=ready.memory_bytes + num_blocks * model.block_bytes
+        ready,
+        attention=ATTENTION,
+        memory_bytes=ready.memory_bytes + num_blocks * model.block_bytes,
+        kv_capacity_tokens=num_blocks * BLOCK_TOKENS,
     )
 
 

@@ -238,6 +238,9 @@ class ContinuousEngine:
             self._ledger.take([chunk.sequence.row for chunk in plain], choices)
         for chunk, tokens in accepted.items():
             self._take_drafted(chunk, tokens)
+        if (choices is not None and any(choices.is_broken)) or not all(accepted.values()):
+            # Keys and values may be no numbers either: nobody else is to read them.
+            self._pool.forget_prefixes()
 
     def _chooser_of(self, rows: list[Row]) -> Chooser:
         """The rows' chooser, made anew only when they have changed."""

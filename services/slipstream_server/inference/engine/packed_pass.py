@@ -45,7 +45,7 @@ _COARSE_TOLERANCE = 0.1
 
 
 class PackedModel:
-    """A model that attends from blocks. ``layer_bytes``: what one block of KV memory takes."""
+    """A model that attends from blocks."""
 
     def __init__(self, traits: Traits) -> None:
         """Raises UnsupportedAttention, saying why, where the model has to be run otherwise."""
