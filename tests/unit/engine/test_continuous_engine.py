@@ -629,11 +629,11 @@ def speaking() -> PackedModel:
 def test_constrained_answers_match_beside_others_that_are_not(speaking: PackedModel, folder: Path) -> None:
     """Compiled beside the engine; guides survive preemption and forwards that fail in company."""
     bench = ContinuousBench(speaking, 7, grammars=Grammars(folder, 400), max_step_tokens=40, max_draft_tokens=4)
-    pattern = r"[a-c]{3,9}/(cat|dog)s?"
+    pattern = r"[a-c]{40,50}/(cat|dog)s?"
     stopping = Stopping(max_new_tokens=80, eos_token_ids=(1,))
     guided = [
         request(
-            (5, 6, 7 + seed) * 7, stopping=stopping, sampling=Sampling(do_sample=True, seed=seed),
+            (5, 6, 7 + seed) * 10, stopping=stopping, sampling=Sampling(do_sample=True, seed=seed),
             constraint=Constraint(kind="regex", text=pattern), num_return_sequences=2,
         )
         for seed in range(4)

@@ -148,7 +148,7 @@ async def test_closing_leaves_no_process_task_or_descriptor(
     with pytest.raises(SlipstreamError):
         await collect(stream)
     await assert_eventually(lambda: asyncio.all_tasks() == tasks)
-    await assert_eventually(lambda: len(os.listdir("/proc/self/fd")) == len(descriptors))
+    await assert_eventually(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors))
 
 
 @pytest.mark.parametrize(("operators", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
