@@ -151,8 +151,8 @@ async def test_closing_leaves_no_process_task_or_descriptor(
     await assert_eventually(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors))
 
 
-@pytest.mark.parametrize(("operators", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-async def test_workers_wait_passively_unless_told_otherwise_and_ask_no_hub(
+@pytest.mark.parametrize(("operators", "expected"), [(None, "30000"), ("7", "7")])
+async def test_workers_spin_briefly_unless_told_otherwise_and_ask_no_hub(
     open_front: OpenFront,
     assert_eventually: Eventually,
     monkeypatch: pytest.MonkeyPatch,
@@ -160,13 +160,13 @@ async def test_workers_wait_passively_unless_told_otherwise_and_ask_no_hub(
     expected: str,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     if operators is not None:
-        monkeypatch.setenv("OMP_WAIT_POLICY", operators)
+        monkeypatch.setenv("GOMP_SPINCOUNT", operators)
     async with open_front() as fake:
         await ready(fake, assert_eventually)
         environment = psutil.Process(fake.pids()[0]).environ()
-    assert (environment["OMP_WAIT_POLICY"], environment["HF_HUB_OFFLINE"]) == (expected, "1")
+    assert (environment["GOMP_SPINCOUNT"], environment["HF_HUB_OFFLINE"]) == (expected, "1")
 
 
 async def test_many_restarts_leak_nothing(open_front: OpenFront, assert_eventually: Eventually) -> None:

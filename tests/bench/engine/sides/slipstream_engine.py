@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the service sets it for its workers
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the service sets it for its workers
 
 import msgspec
 from tests.bench.engine.requests import Answer, Request
