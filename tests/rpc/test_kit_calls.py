@@ -117,6 +117,27 @@ async def test_the_limit_itself_is_allowed() -> None:
         assert (await failure(client.unary("Call", bytes(2001)))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_a_client_that_still_sends_gets_the_error_that_it_was_given() -> None:
+    async with kit_server() as (_, servicer, client):
+        servicer.outcome = raising(errors.QueueFull("why"))
+        call = client.channel.stream_stream(f"/{NAME}/Chat")()
+        for _ in range(50):
+            await call.write(b"x")
+            await asyncio.sleep(0)
+        await call.done_writing()
+        error = await failure(call)
+        assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "why")
+
+
+async def test_a_client_that_never_stops_sending_is_refused_all_the_same() -> None:
+    async with kit_server() as (_, servicer, client):
+        servicer.outcome = raising(errors.QueueFull("why"))
+        call = client.channel.stream_stream(f"/{NAME}/Chat")()
+        await call.write(b"x")
+        error = await failure(call)
+        assert (error.code(), error.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "why")
+
+
 async def test_a_message_over_the_transports_limit_is_resource_exhausted() -> None:
     async with kit_server(ListenConfig(max_message_bytes=1024, max_transport_message_bytes=4096)) as (_, _, client):
         assert (await failure(client.unary("Call", bytes(5000)))).code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -3,6 +3,7 @@
 Around the servicer's own code the guard
     reads       bytes that do not parse, or are too many, become typed errors instead of gRPC's bare ones;
     remembers   request id, deadline and the running call, so that a drain can wait for it or end it;
+    hears out   what a streaming client has already sent before it is refused;
     translates  whatever is raised, by ``rpc/status.py``; cancellation is re-raised;
     measures    duration and the true status code, calls that were cancelled or ran out of time included.
 
@@ -15,12 +16,13 @@ Lives on the event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -34,6 +36,8 @@ from slipstream_server.rpc.telemetry import RpcMetrics
 
 REQUEST_ID_KEY = "x-request-id"
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+# How long a call that fails goes on reading what its client streams.
+_HEAR_OUT_S = 1.0
 _CODES_BY_NUMBER = {code.value[0]: code for code in grpc.StatusCode}
 
 # By whether the requests stream, and whether the responses do.
@@ -163,7 +167,8 @@ class MethodGuard:
     ) -> Callable[..., Any]:
         async def respond(request: Any, context: Context) -> Any:
             async def body(call: RunningCall) -> Any:
-                response = await behaviour(_checked(request, requests_stream), context)
+                async with _hearing_out(request, requests_stream):
+                    response = await behaviour(_checked(request, requests_stream), context)
                 await _begin_answer(call, context)
                 return response
 
@@ -178,10 +183,11 @@ class MethodGuard:
         async def respond(request: Any, context: Context) -> None:
             async def body(call: RunningCall) -> None:
                 responses = behaviour(_checked(request, requests_stream), context)
-                if yields:
-                    await _write_all(call, responses, context, write_timeout_s)
-                else:  # a coroutine that writes to the context itself
-                    await responses
+                async with _hearing_out(request, requests_stream):
+                    if yields:
+                        await _write_all(call, responses, context, write_timeout_s)
+                    else:  # a coroutine that writes to the context itself
+                        await responses
 
             await self._run(method, context, body)
 
@@ -285,6 +291,24 @@ def _checked(request: Any, requests_stream: bool) -> Any:
     if isinstance(request, Unreadable):
         raise request.error
     return request
+
+
+@asynccontextmanager
+async def _hearing_out(requests: Any, requests_stream: bool) -> AsyncIterator[None]:
+    """Read on for a moment after an error, while the client sends.
+
+    A client whose write fails because the call has ended takes that for the error (grpc.aio: INTERNAL), and never sees
+    the one that it was given. Small uploads end within the time; large ones are cut off as before.
+    """
+    try:
+        yield
+    except Exception:
+        if requests_stream:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_HEAR_OUT_S):
+                    async for _ in requests:
+                        pass
+        raise
 
 
 async def _readable(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
