@@ -15,7 +15,7 @@ from tests.rpc.test_tasks_convert import MADE
 from slipstream_client import InvalidRequestError, NotFoundError, ServerError, SlipstreamClient, SyncSlipstreamClient
 from slipstream_client.cli.task_view import TaskView
 from slipstream_client.task_results import RESULTS, result_from_proto
-from slipstream_server.rpc.inference.tasks_convert import task_result
+from slipstream_server.rpc.inference.task_results import task_result
 from unit.inference.fake_task_worker import WRONG
 
 

@@ -13,13 +13,8 @@ from slipstream.inference.v1 import tasks_pb2
 from slipstream_client.task_results import RESULTS, result_from_proto
 from slipstream_client.tasks import input_message
 from slipstream_server.errors import InvalidField, WorkerDied
-from slipstream_server.rpc.inference.tasks_convert import (
-    INPUT_READERS,
-    RESULT_WRITERS,
-    parameters_of,
-    task_input,
-    task_result,
-)
+from slipstream_server.rpc.inference.task_inputs import INPUT_READERS, parameters_of, task_input
+from slipstream_server.rpc.inference.task_results import RESULT_WRITERS, task_result
 from slipstream_server.tasks import items
 from slipstream_server.tasks.inputs import check_input
 from slipstream_server.tasks.registry import TASKS

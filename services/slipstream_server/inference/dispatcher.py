@@ -19,6 +19,7 @@ import logging
 import math
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -77,7 +78,7 @@ class TaskSink(Sink, Protocol):
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
-class Errand:
+class Errand(ABC):
     """A request of any kind on its way.
 
     ``num_deaths`` counts workers that died with it, ``has_joined`` says that it is in a batch, ``has_tokens`` that it
@@ -90,28 +91,28 @@ class Errand:
     has_tokens: bool = False
 
     @property
+    @abstractmethod
     def asked(self) -> GenerationRequest | TaskRequest:
         """What the worker is asked to do."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def told(self) -> Sink:
         """Who is told what comes of it."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_prompt_tokens(self) -> int:
         """What it adds to the queue's tokens."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_rows(self) -> int:
         """What it adds to the worker's rows."""
-        raise NotImplementedError
 
+    @abstractmethod
     def command(self) -> Command:
         """What sends it to the worker."""
-        raise NotImplementedError
 
     @property
     def id(self) -> int:

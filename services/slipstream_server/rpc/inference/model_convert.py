@@ -21,7 +21,7 @@ from slipstream_server.inference.model_loads import LoadWish
 from slipstream_server.inference.model_states import ModelView
 from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.models.catalogue import CatalogueEntry, HubSource, builtin_catalogue
-from slipstream_server.models.facts import Family, ModelFacts, facts_of_config
+from slipstream_server.models.facts import ModelFacts, facts_of_config
 from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization
 from slipstream_server.models.progress import PullStage
 from slipstream_server.models.task_classes import kind_of, tasks_of
@@ -39,11 +39,6 @@ _STATES = {
     ModelState.RESTARTING: Model.STATE_RESTARTING,
     ModelState.FAILED: Model.STATE_FAILED,
     ModelState.UNLOADING: Model.STATE_UNLOADING,
-}
-FAMILIES = {
-    Family.DECODER: architecture_pb2.ARCHITECTURE_FAMILY_DECODER,
-    Family.ENCODER: architecture_pb2.ARCHITECTURE_FAMILY_ENCODER,
-    Family.ENCODER_DECODER: architecture_pb2.ARCHITECTURE_FAMILY_ENCODER_DECODER,
 }
 _DATA_TYPES = {
     "float32": precision_pb2.DATA_TYPE_FLOAT32,
@@ -95,12 +90,22 @@ def load_choice(options: model_service_pb2.ModelLoadOptions) -> LoadChoice:
     """ModelLoadOptions without protobuf."""
     given: Any = options
     return LoadChoice(
-        data_type=_word(options.data_type, _DATA_TYPES, "options.data_type"),
+        data_type=data_type_word(options.data_type, "options.data_type"),
         quantization=_word(options.quantization, _QUANTIZATIONS, "options.quantization"),
         batching=_word(options.batching, _BATCHINGS, "options.batching"),
         **{name: getattr(given, name) for name in _PLAIN},
         **{name: getattr(given, name) for name in _OPTIONAL if given.HasField(name)},
     )
+
+
+def data_type_word(value: int, field: str) -> str:
+    """The type's name as torch has it; empty where unspecified."""
+    return _word(value, _DATA_TYPES, field)
+
+
+def family_number(word: str) -> architecture_pb2.ArchitectureFamily.ValueType:
+    """The enum's value for a family as catalogue, facts and tasks spell it."""
+    return architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{word.upper()}")
 
 
 def load_options_message(choice: LoadChoice) -> model_service_pb2.ModelLoadOptions:
@@ -187,10 +192,10 @@ def catalogue_entry_message(entry: CatalogueEntry, *, is_local: bool) -> model_s
 
 def _entry_family(entry: CatalogueEntry) -> architecture_pb2.ArchitectureFamily.ValueType:
     if entry.family:
-        return architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{entry.family.upper()}")
+        return family_number(entry.family)
     if not entry.config:
         return architecture_pb2.ARCHITECTURE_FAMILY_UNSPECIFIED
-    return FAMILIES[facts_of_config(entry.config).family]
+    return family_number(facts_of_config(entry.config).family)
 
 
 def _tell_state(model: Model, status: ModelStatus) -> None:
@@ -221,7 +226,7 @@ def _tell_facts(model: Model, facts: ModelFacts) -> None:
     model.vocabulary_size = facts.vocab_size or 0
     model.parameter_count = facts.num_parameters
     model.architecture = facts.architectures[0] if facts.architectures else ""
-    model.family = architecture_pb2.ArchitectureFamily.Value(f"ARCHITECTURE_FAMILY_{kind_of(facts).upper()}")
+    model.family = family_number(kind_of(facts))
     model.labels.extend(facts.labels)
     model.has_chat_template = facts.has_chat_template
     model.tasks.extend(task for task in tasks_of(facts) if task not in model.tasks)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-from google.protobuf import struct_pb2
 from google.protobuf.message import Message
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
-from slipstream.type.v1 import artifact_pb2, precision_pb2, progress_pb2
+from slipstream.type.v1 import artifact_pb2, progress_pb2
 from slipstream_server.errors import InvalidField, UnsupportedField, WrongState
 from slipstream_server.inference.creation import CreationPlan, CreationRequest, ModelCreation
 from slipstream_server.inference.exports import DEFAULT_SHARD_BYTES, ExportRequest, Exports, chunks_of
@@ -24,13 +24,13 @@ from slipstream_server.models.facts import ModelFacts, read_facts
 from slipstream_server.models.tool_process import ToolProgress
 from slipstream_server.resource_names import ModelName, check_id
 from slipstream_server.rpc.inference.convert import model_id
+from slipstream_server.rpc.inference.model_convert import data_type_word
+from slipstream_server.rpc.inference.structs import struct_to_dict
 from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.request_records import RequestKey
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_MAX_DEPTH = 10
-_MAX_VALUES = 20_000
 _PROGRESS_EVERY_S = 0.5
 
 
@@ -44,14 +44,14 @@ class MakingRooms:
     resolve_adapter: AdapterResolver | None = None
 
 
-class ModelMaking:
+class ModelMaking(ABC):
     """The methods that make files; a part of ``ModelServicer``, which gives it ``_making`` and ``_message``."""
 
     _making: MakingRooms
 
+    @abstractmethod
     async def _message(self, model: str) -> pb2.Model:
         """The Model message of a known model, as GetModel would answer."""
-        raise NotImplementedError
 
     async def CreateModel(self, request: pb2.CreateModelRequest, context: Context) -> pb2.Model:
         name = check_id(request.model_id, "model_id")
@@ -163,54 +163,19 @@ class _Latest:
 
 
 def creation_request(name: str, request: pb2.CreateModelRequest) -> CreationRequest:
-    """What the message asks for; raises InvalidField for values that are no configuration."""
+    """What the message asks for. Raises InvalidField for what is no number of JSON, or no value of an enum."""
     which = request.WhichOneof("configuration")
     return CreationRequest(
         model=name,
         config_source=request.config_source if which == "config_source" else "",
-        config=plain_struct(request.config, "config") if which == "config" else None,
-        overrides=plain_struct(request.config_overrides, "config_overrides"),
+        config=struct_to_dict(request.config, "config") if which == "config" else None,
+        overrides=struct_to_dict(request.config_overrides, "config_overrides"),
         tokenizer_source=request.tokenizer_source,
         auto_class=request.auto_class,
         data_type=data_type_word(request.data_type, "data_type") or "float32",
         seed=request.seed if request.HasField("seed") else None,
         owner=caller(),
     )
-
-
-def data_type_word(value: int, field: str) -> str:
-    """The type's name as torch has it; empty where unspecified."""
-    if value == precision_pb2.DATA_TYPE_UNSPECIFIED:
-        return ""
-    if value not in precision_pb2.DataType.values():
-        raise InvalidField.of(field, f"{value} is no value of DataType")
-    return precision_pb2.DataType.Name(value).removeprefix("DATA_TYPE_").lower()  # type: ignore[arg-type]
-
-
-def plain_struct(struct: struct_pb2.Struct, field: str) -> dict[str, Any]:
-    """A Struct as plain values, numbers as the doubles they are. Raises InvalidField where it is too deep or long."""
-    budget = [_MAX_VALUES]
-    return {key: _plain(value, f"{field}.{key[:80]}", budget, _MAX_DEPTH) for key, value in struct.fields.items()}
-
-
-def _plain(value: struct_pb2.Value, path: str, budget: list[int], depth: int) -> Any:
-    budget[0] -= 1
-    if budget[0] < 0 or depth == 0:
-        raise InvalidField.of(path, f"is more than {_MAX_VALUES} values, or nested more than {_MAX_DEPTH} deep")
-    match value.WhichOneof("kind"):
-        case "struct_value":
-            fields: Mapping[str, struct_pb2.Value] = value.struct_value.fields
-            return {key: _plain(item, f"{path}.{key[:80]}", budget, depth - 1) for key, item in fields.items()}
-        case "list_value":
-            return [_plain(item, path, budget, depth - 1) for item in value.list_value.values]
-        case "number_value":
-            return value.number_value
-        case "string_value":
-            return value.string_value
-        case "bool_value":
-            return value.bool_value
-        case _:
-            return None
 
 
 def progress_message(progress: ToolProgress) -> progress_pb2.Progress:

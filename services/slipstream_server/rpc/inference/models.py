@@ -126,7 +126,7 @@ class _Shown:
     def gone(self, models: dict[str, Model]) -> list[str]:
         names = sorted(self._models.keys() - models.keys())
         for name in names:
-            del self._models[name]
+            del self._models[name], self._times_s[name]
         return names
 
 

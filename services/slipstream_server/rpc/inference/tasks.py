@@ -17,8 +17,10 @@ from slipstream_server.inference.front import InferenceFront
 from slipstream_server.inference.task_calls import TaskCall, missing_packages
 from slipstream_server.inference.task_runs import TaskOutcome, TaskRun
 from slipstream_server.resource_names import ModelName
-from slipstream_server.rpc.inference import tasks_convert
 from slipstream_server.rpc.inference.convert import model_id
+from slipstream_server.rpc.inference.task_descriptions import task_message
+from slipstream_server.rpc.inference.task_inputs import parameters_of, task_input
+from slipstream_server.rpc.inference.task_results import task_result
 from slipstream_server.rpc.request_context import deadline_monotonic_s
 from slipstream_server.storage.pages import PageRequest, decode_token, encode_token
 from slipstream_server.tasks.inputs import MAX_INPUTS
@@ -46,7 +48,7 @@ class TaskMethods(inference_grpc.InferenceServiceServicer):
             for _ in inputs:
                 index, outcome = await run.next_result()
                 _raise_for_all(outcome)
-                results[index] = tasks_convert.task_result(outcome)
+                results[index] = task_result(outcome)
             usage = usage_pb2.Usage(prompt_tokens=run.prompt_tokens, completion_tokens=run.completion_tokens)
             return tasks_pb2.RunTaskResponse(
                 results=[result for result in results if result is not None],
@@ -95,7 +97,7 @@ class TaskMethods(inference_grpc.InferenceServiceServicer):
             default_model = str(ModelName(self._front.task_model(spec)))
         except SlipstreamError:
             default_model = ""
-        return tasks_convert.task_message(spec, default_model=default_model, missing_packages=missing_packages(spec))
+        return task_message(spec, default_model=default_model, missing_packages=missing_packages(spec))
 
 
 def _call(request: tasks_pb2.RunTaskRequest | tasks_pb2.StreamTaskHeader, context: Context) -> TaskCall:
@@ -103,7 +105,7 @@ def _call(request: tasks_pb2.RunTaskRequest | tasks_pb2.StreamTaskHeader, contex
         task=request.task,
         model=model_id(request.model),
         adapter=request.adapter,
-        parameters=tasks_convert.parameters_of(request.parameters),
+        parameters=parameters_of(request.parameters),
         deadline_monotonic_s=deadline_monotonic_s(context),
     )
 
@@ -112,7 +114,7 @@ def _inputs(messages: Iterable[tasks_pb2.TaskInput]) -> list[TaskInput]:
     found = list(messages)
     if len(found) > MAX_INPUTS:
         raise InvalidField.of("inputs", f"has {len(found)} entries; 1 to {MAX_INPUTS} are allowed")
-    return [tasks_convert.task_input(message, f"inputs[{place}]") for place, message in enumerate(found)]
+    return [task_input(message, f"inputs[{place}]") for place, message in enumerate(found)]
 
 
 def _raise_for_all(outcome: TaskOutcome) -> None:
@@ -167,7 +169,7 @@ async def _responses(run: TaskRun, reader: asyncio.Task[None]) -> AsyncIterator[
         if found is None:
             continue
         index, outcome = found
-        response = tasks_pb2.StreamTaskResponse(index=index, result=tasks_convert.task_result(outcome))
+        response = tasks_pb2.StreamTaskResponse(index=index, result=task_result(outcome))
         if not num_sent:
             response.model, response.adapter_version = str(ModelName(run.model)), run.adapter_version
         num_sent += 1
