@@ -130,9 +130,6 @@ class InferenceConfig(_ServiceConfig):
     max_queue_delay_ms: float = setting(5.0, "longest wait for a batch to fill", minimum=0, maximum=60_000)
     max_queued_requests: int = setting(1_024, "requests that may wait per model", minimum=1, maximum=1_000_000)
     max_queued_tokens: int = setting(1 << 20, "prompt tokens that may wait per model", minimum=1, maximum=1 << 32)
-    max_stream_buffer_bytes: int = setting(
-        256 * 1024, "text and ids kept for a slow reader of one stream", minimum=4096, maximum=1 << 30
-    )
     memory_fraction: float = setting(0.9, "share of the device's memory that serving may use", minimum=0.01, maximum=1)
     memory_budget_bytes: int | None = setting(
         None, "memory that all models may hold together on each device; unset: memory_fraction of it", minimum=1 << 20
