@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +17,21 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from tests.e2e.tiny_model import write_tiny_model
 
+from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
+from slipstream.type.v1 import generation_pb2
 from slipstream_server.config import ListenConfig
 from slipstream_server.inference.budget import MemoryBudget
+from slipstream_server.inference.calls import GenerateCall, StoppingChoice, TextPrompt
 from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import AdapterResolver, FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.library import Library
 from slipstream_server.inference.model_loads import ModelLoads
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
+from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.supervisor import RestartPolicy
 from slipstream_server.inference.tables import SCHEMA
 from slipstream_server.models.hub import HubAccess
@@ -184,3 +188,14 @@ def _detail(error: grpc.aio.AioRpcError, empty: Any) -> Any:
     status = rpc_status.from_call(error)
     assert status is not None
     return empty if any(detail.Unpack(empty) for detail in status.details) else None
+
+
+def generate(service: ModelService, model: str, num_tokens: int = 3) -> Awaitable[inference_pb2.GenerateResponse]:
+    stopping = generation_pb2.StoppingOptions(max_new_tokens=num_tokens)
+    return service.inference.Generate(inference_pb2.GenerateRequest(model=model, text="hello", stopping=stopping))
+
+
+def held_open(service: ModelService, model: str) -> Awaitable[GenerationStream]:
+    """A request whose answer nobody has read: it keeps its model busy."""
+    call = GenerateCall(prompt=TextPrompt(text="hello"), model=model, stopping=StoppingChoice(max_new_tokens=2))
+    return service.front.open(call)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -11,35 +10,18 @@ import pytest
 from tests.rpc.models_kit import (
     MODEL,
     ModelService,
-    edit_config,
     error_info,
-    error_metadata,
     folder,
+    generate,
+    held_open,
     model_service,
-    retry_after_s,
 )
 
-from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import model_service_pb2 as pb2
-from slipstream.type.v1 import generation_pb2, precision_pb2
-from slipstream_server.inference.calls import GenerateCall, StoppingChoice, TextPrompt
 from slipstream_server.inference.library import NewModel
 
 Eventually = Callable[..., Awaitable[None]]
-BUSY_RETRY_S = 5.0
-GPTQ = precision_pb2.QUANTIZATION_GPTQ
 OPTIONS = pb2.ModelLoadOptions(max_running_sequences=3, context_tokens=64, adapter_slot_count=2)
-
-
-def generate(service: ModelService, model: str, num_tokens: int = 3) -> Awaitable[inference_pb2.GenerateResponse]:
-    stopping = generation_pb2.StoppingOptions(max_new_tokens=num_tokens)
-    return service.inference.Generate(inference_pb2.GenerateRequest(model=model, text="hello", stopping=stopping))
-
-
-def held_open(service: ModelService, model: str) -> Awaitable[object]:
-    """A request whose answer nobody has read: it keeps its model busy."""
-    call = GenerateCall(prompt=TextPrompt(text="hello"), model=model, stopping=StoppingChoice(max_new_tokens=2))
-    return service.front.open(call)
 
 
 async def test_a_folder_of_the_root_is_loaded_by_its_name_and_told_in_full(tmp_path: Path) -> None:
@@ -189,93 +171,6 @@ async def test_files_that_the_service_made_go_with_their_model_and_no_others(tmp
         assert (foreign / "config.json").is_file()
 
 
-async def test_the_least_recently_used_idle_model_gives_way(tmp_path: Path) -> None:
-    async with model_service(tmp_path) as service:
-        for name in ("first", "second", "third"):
-            folder(service.root, name)
-        await service.loaded("first")
-        await service.loaded("second")
-        await generate(service, "first")
-        await service.loaded("third")
-        assert await service.states() == {"first": "READY", "second": "UNLOADED", "third": "READY"}
-        assert (await service.get("second")).state_message == "unloaded to make room for third"
-
-
-async def test_pinned_and_busy_models_stay_and_the_refusal_has_the_numbers(tmp_path: Path) -> None:
-    async with model_service(tmp_path) as service:
-        for name in ("pinned", "busy", "third"):
-            folder(service.root, name)
-        await service.loaded("pinned", pinned=True)
-        await service.loaded("busy")
-        stream = await held_open(service, "busy")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.load("third")
-        assert error_info(refused.value) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
-        assert error_metadata(refused.value) | {"needed_bytes": "40", "left_bytes": "20", "budget_bytes": "100"} == (
-            error_metadata(refused.value)
-        )
-        assert retry_after_s(refused.value) == BUSY_RETRY_S
-        assert "third" not in await service.states()
-        stream.close()
-        await service.loaded("third")
-        assert await service.states() == {"busy": "UNLOADED", "pinned": "READY", "third": "READY"}
-
-
-async def test_two_loads_at_once_do_not_both_take_the_last_room(tmp_path: Path) -> None:
-    async with model_service(tmp_path, sizes={"pinned": 50}) as service:
-        for name in ("pinned", "left", "right"):
-            folder(service.root, name)
-        await service.loaded("pinned", pinned=True)
-        results = await asyncio.gather(
-            *(service.load(name, pinned=True) for name in ("left", "right")), return_exceptions=True
-        )
-        ended = [
-            await service.reached(name, MODEL.STATE_READY, MODEL.STATE_FAILED)
-            for name, result in zip(("left", "right"), results, strict=True)
-            if not isinstance(result, BaseException)
-        ]
-        ready = [model for model in ended if model.state == MODEL.STATE_READY]
-        assert len(ready) == 1
-        assert service.loads.room.budget.held_bytes("cpu") == 90
-        for model in ended:
-            if model.state == MODEL.STATE_FAILED:
-                assert "left" in model.error.message
-
-
-async def test_a_model_larger_than_all_there_is_is_refused_and_never_asked_again(tmp_path: Path) -> None:
-    async with model_service(tmp_path, sizes={"huge": 101}) as service:
-        folder(service.root, "huge")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.load("huge")
-        assert error_info(refused.value) == ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY")
-        assert (retry_after_s(refused.value) or 0) < BUSY_RETRY_S
-        assert await service.states() == {}
-
-
-async def test_streams_on_one_model_do_not_notice_that_two_others_load(tmp_path: Path) -> None:
-    async with model_service(tmp_path, sizes=dict.fromkeys(("first", "second", "third"), 10)) as service:
-        for name in ("first", "second", "third"):
-            folder(service.root, name)
-        await service.loaded("first")
-        stopping = generation_pb2.StoppingOptions(max_new_tokens=20)
-        request = inference_pb2.GenerateRequest(model="first", text="hello", stopping=stopping)
-        is_loading = True
-
-        async def stream() -> int:
-            num_answers = 0
-            while is_loading or not num_answers:
-                events = [event async for event in service.inference.StreamGenerate(request)]
-                assert events[-1].finished.usage.completion_tokens == 20
-                num_answers += 1
-            return num_answers
-
-        streaming = [asyncio.create_task(stream()) for _ in range(16)]
-        await asyncio.gather(service.loaded("second"), service.loaded("third"))
-        is_loading = False
-        assert min(await asyncio.gather(*streaming)) >= 1
-        assert set((await service.states()).values()) == {"READY"}
-
-
 async def test_what_was_loaded_is_loaded_again_after_a_restart(tmp_path: Path) -> None:
     async with model_service(tmp_path) as service:
         for name in ("kept", "left"):
@@ -337,95 +232,6 @@ async def test_validating_changes_nothing_and_tells_the_size(tmp_path: Path) -> 
         folder(service.root, "tiny")
         would_be = await service.load("tiny", options=OPTIONS, validate_only=True)
         assert (would_be.memory_bytes, would_be.load_options, would_be.state) == (40, OPTIONS, MODEL.STATE_UNLOADED)
-        assert await service.states() == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "source", "code", "reason"),
-    [
-        ("../x", "", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("", "", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("a\0b", "", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x" * 4096, "", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "../outside", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "a/../../outside", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "..%2foutside", "NOT_FOUND", "MODEL_NOT_FOUND"),
-        ("x", "~/outside", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "a\0b", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "ｔｉｎｙ", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "file:///etc", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "http://169.254.169.254/", "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "y" * 4096, "INVALID_ARGUMENT", "INVALID_FIELD"),
-        ("x", "/etc", "PERMISSION_DENIED", "PERMISSION_DENIED"),
-        ("x", "OUTSIDE", "PERMISSION_DENIED", "PERMISSION_DENIED"),
-        ("x", "link", "NOT_FOUND", "MODEL_NOT_FOUND"),
-        ("x", "nothing", "NOT_FOUND", "MODEL_NOT_FOUND"),
-        ("x", "pickled", "FAILED_PRECONDITION", "UNSAFE_WEIGHTS"),
-        ("x", "empty", "FAILED_PRECONDITION", "CORRUPT_ARTIFACT"),
-    ],
-)
-async def test_bad_names_and_places_are_refused_at_once(
-    tmp_path: Path, name: str, source: str, code: str, reason: str
-) -> None:
-    async with model_service(tmp_path) as service:
-        outside = folder(tmp_path, "outside")
-        (service.root / "link").symlink_to(outside)
-        (service.root / "empty").mkdir()
-        pickled = folder(service.root, "pickled")
-        (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.load(name, source=str(outside) if source == "OUTSIDE" else source)
-        assert error_info(refused.value) == (code, reason)
-        assert str(tmp_path) not in refused.value.details()
-        assert await service.states() == {}
-
-
-async def test_a_configuration_that_wants_code_of_its_own_ends_in_failure(tmp_path: Path) -> None:
-    async with model_service(tmp_path) as service:
-        made = folder(service.root, "coded")
-        edit_config(made, model_type="own", auto_map={"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"})
-        (made / "code.py").write_text(f"open({str(tmp_path / 'opened')!r}, 'w')")
-        await service.load("coded")
-        failed = await service.reached("coded", MODEL.STATE_FAILED)
-        assert failed.error.details[0].value.find(b"UNSAFE_WEIGHTS") > 0
-        assert not (tmp_path / "opened").exists()
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await generate(service, "coded")
-        assert error_info(refused.value) == ("FAILED_PRECONDITION", "UNSAFE_WEIGHTS")
-
-
-@pytest.mark.parametrize(
-    ("options", "code", "reason", "field"),
-    [
-        ({"context_tokens": 0}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.context_tokens"),
-        ({"context_tokens": 2**62}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.context_tokens"),
-        ({"context_tokens": 32_769}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.context_tokens"),
-        ({"max_running_sequences": -1}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.max_running_sequences"),
-        ({"memory_fraction": float("nan")}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.memory_fraction"),
-        ({"memory_fraction": 1.5}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.memory_fraction"),
-        ({"device": "mars"}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.device"),
-        ({"device": "cuda:7"}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.device"),
-        ({"attention_implementation": "a/b"}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.attention_implementation"),
-        ({"data_type": 77}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.data_type"),
-        ({"data_type": precision_pb2.DATA_TYPE_FLOAT64}, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD", "options.data_type"),
-        ({"quantization": GPTQ}, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD", "options.quantization"),
-        ({"double_quantization": True}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.double_quantization"),
-        ({"tensor_parallel_count": 2}, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD", "options.tensor_parallel_count"),
-        ({"prefix_caching": True}, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD", "options.prefix_caching"),
-        ({"batch_invariant": True}, "INVALID_ARGUMENT", "UNSUPPORTED_FIELD", "options.batch_invariant"),
-        ({"adapter_slot_count": 257}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.adapter_slot_count"),
-        ({"max_adapter_rank": 0}, "INVALID_ARGUMENT", "INVALID_FIELD", "options.max_adapter_rank"),
-    ],
-)  # fmt: skip
-async def test_an_option_is_honoured_or_refused_by_its_name(
-    tmp_path: Path, options: dict[str, object], code: str, reason: str, field: str
-) -> None:
-    async with model_service(tmp_path) as service:
-        folder(service.root, "tiny")
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await service.load("tiny", options=pb2.ModelLoadOptions(**options))
-        assert error_info(refused.value) == (code, reason)
-        assert field in refused.value.details()
         assert await service.states() == {}
 
 

@@ -41,11 +41,13 @@ from slipstream_server.training.tables import SCHEMA
 
 FAKE_RUNNER = Path(__file__).with_name("fake_runner.py")
 GIB = 1024**3
+INVALID = ("INVALID_ARGUMENT", "INVALID_FIELD")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 State = pb2.TrainingJob
+WHOLE_WAY = ["VALIDATING", "QUEUED", "STARTING", "RUNNING", "EVALUATING", "SUCCEEDED"]
 ENDED = (State.STATE_SUCCEEDED, State.STATE_FAILED, State.STATE_CANCELLED)
 
 
