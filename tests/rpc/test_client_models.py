@@ -51,7 +51,9 @@ async def test_waiting_raises_why_a_model_failed(tmp_path: Path) -> None:
         with pytest.raises(Exception) as failed:
             await client.models.wait("far")
         assert failed.value.reason in ("DEPENDENCY_UNAVAILABLE", "MODEL_NOT_FOUND")
-        assert (await client.models.get("far")).error_reason == failed.value.reason
+        error = (await client.models.get("far")).error
+        assert error is not None
+        assert error.reason == failed.value.reason
 
 
 async def test_bad_arguments_are_named(tmp_path: Path) -> None:

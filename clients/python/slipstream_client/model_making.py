@@ -15,7 +15,7 @@ from slipstream_client.adapter_results import ArtifactFile
 from slipstream_client.connection import Connection, checked_request_id
 from slipstream_client.errors import InvalidRequestError, ProtocolError
 from slipstream_client.model_options import LOAD_FIELDS, EstimateOptions
-from slipstream_client.model_results import Model, Progress, model_from_proto
+from slipstream_client.model_results import MemoryEstimate, Model, ModelRecommendation, Progress
 from slipstream_client.options import CallOptions
 from slipstream_client.plain import plain
 from slipstream_client.spelling import message_of
@@ -31,64 +31,6 @@ class ModelExport:
     model: str
     adapter_version: str
     files: tuple[ArtifactFile, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryAlternative:
-    """The same model held otherwise."""
-
-    data_type: str
-    quantization: str
-    total_bytes: int
-    fits: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
-    """What a model would take, in bytes on its device; ``total_bytes`` is the sum of the four parts."""
-
-    weights_bytes: int
-    kv_cache_bytes: int
-    kv_cache_bytes_per_token: int
-    adapter_bytes: int
-    overhead_bytes: int
-    total_bytes: int
-    available_bytes: int
-    fits: bool
-    device: str
-    options: Mapping[str, Any] | None
-    parameter_count: int
-    download_bytes: int
-    alternatives: tuple[MemoryAlternative, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CatalogueEntry:
-    """A model that the service knows without asking a hub."""
-
-    id: str
-    source: str
-    title: str
-    description: str
-    licence: str
-    gated: bool
-    tasks: tuple[str, ...]
-    family: str
-    parameter_count: int
-    context_tokens: int
-    download_bytes: int
-    languages: tuple[str, ...]
-    available_locally: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelRecommendation:
-    """A model to use: how to load it so that it fits, what it then takes, and why it stands where it stands."""
-
-    entry: CatalogueEntry | None
-    options: Mapping[str, Any] | None
-    total_bytes: int
-    reasons: tuple[str, ...]
 
 
 class ModelMaking:
@@ -122,16 +64,20 @@ class ModelMaking:
         """
         if (config is None) == (not config_source):
             raise InvalidRequestError.of("configuration", "give one of config_source and config")
-        values = {"tokenizer_source": tokenizer_source, "auto_class": auto_class, "data_type": data_type, "seed": seed}
+        values = {
+            "model_id": model_id,
+            "config_source": config_source or None,
+            "config": config,
+            "config_overrides": config_overrides,
+            "tokenizer_source": tokenizer_source,
+            "auto_class": auto_class,
+            "data_type": data_type,
+            "seed": seed,
+            "validate_only": validate_only,
+        }
         request = message_of(model_pb2.CreateModelRequest, "", values)
-        request.model_id, request.validate_only = model_id, validate_only
-        if config is None:
-            request.config_source = config_source
-        else:
-            request.config.update(dict(config))
-        request.config_overrides.update(dict(config_overrides or {}))
         call["request_id"] = request.request_id = checked_request_id(call.get("request_id"))
-        return model_from_proto(await self._connection.unary(SERVICE, self.stub.CreateModel, request, **call))
+        return plain(Model, await self._connection.unary(SERVICE, self.stub.CreateModel, request, **call))
 
     async def export(
         self,

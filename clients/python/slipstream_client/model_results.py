@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from slipstream.inference.v1 import model_service_pb2 as model_pb2
-from slipstream_client.plain import failure, mapping_of
+from slipstream_client.plain import Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +36,7 @@ class Model:
     revision: str
     state: str
     state_message: str
-    error: str
+    error: Failure | None
     progress: Progress | None
     data_type: str
     quantization: str
@@ -56,79 +55,78 @@ class Model:
     base_model: str
     pinned: bool
     load_time: datetime | None
-    vocabulary_size: int = 0
-    attention_implementation: str = ""
-    labels: tuple[str, ...] = ()
-    load_options: Mapping[str, Any] | None = None
-    error_reason: str = ""
-    training_job: str = ""
-    owner: str = ""
-    etag: str = ""
+    vocabulary_size: int
+    attention_implementation: str
+    labels: tuple[str, ...]
+    load_options: Mapping[str, Any] | None
+    training_job: str
+    owner: str
+    etag: str
 
     @property
     def id(self) -> str:
         """The last part of the name."""
         return self.name.rpartition("/")[2]
 
-
-def model_from_proto(proto: model_pb2.Model) -> Model:
-    """The result for a Model message."""
-    return Model(
-        name=proto.name,
-        source=proto.source,
-        revision=proto.revision,
-        state=_field_word(proto, "state", "STATE_"),
-        state_message=proto.state_message,
-        error=proto.error.message,
-        progress=_progress(proto),
-        data_type=_field_word(proto, "data_type", "DATA_TYPE_"),
-        quantization=_field_word(proto, "quantization", "QUANTIZATION_"),
-        batching=_field_word(proto, "batching", "BATCHING_"),
-        devices=tuple(proto.devices),
-        context_tokens=proto.context_tokens,
-        parameter_count=proto.parameter_count,
-        architecture=proto.architecture,
-        tasks=tuple(proto.tasks),
-        has_chat_template=proto.has_chat_template,
-        memory_bytes=proto.memory_bytes,
-        disk_bytes=proto.disk_bytes,
-        adapter_slot_count=proto.adapter_slot_count,
-        loaded_adapter_versions=tuple(proto.loaded_adapter_versions),
-        licence=proto.licence,
-        base_model=proto.base_model,
-        pinned=proto.pinned,
-        load_time=proto.load_time.ToDatetime() if proto.HasField("load_time") else None,
-        vocabulary_size=proto.vocabulary_size,
-        attention_implementation=proto.attention_implementation,
-        labels=tuple(proto.labels),
-        load_options=mapping_of(proto.load_options) if proto.HasField("load_options") else None,
-        error_reason=failure(proto.error).reason,
-        training_job=proto.training_job,
-        owner=proto.owner,
-        etag=proto.etag,
-    )
+    @property
+    def note(self) -> str:
+        """What there is to say of its state: why it failed, or the service's own words; mostly empty."""
+        return self.error.message if self.error is not None else self.state_message
 
 
-def _progress(proto: model_pb2.Model) -> Progress | None:
-    if not proto.HasField("progress"):
-        return None
-    progress = proto.progress
-    return Progress(
-        stage=progress.stage,
-        completed_count=progress.completed_count,
-        total_count=progress.total_count if progress.HasField("total_count") else None,
-        unit=progress.unit,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryAlternative:
+    """The same model held otherwise."""
+
+    data_type: str
+    quantization: str
+    total_bytes: int
+    fits: bool
 
 
-def _field_word(proto: model_pb2.Model, field: str, prefix: str) -> str:
-    """The name of an enum field's value in lower case; empty where unspecified or newer than this client."""
-    kind = proto.DESCRIPTOR.fields_by_name[field].enum_type
-    assert kind is not None, f"{field} is no enum"
-    value = kind.values_by_number.get(getattr(proto, field))
-    return _word(value.name, prefix) if value is not None else ""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What a model would take, in bytes on its device; ``total_bytes`` is the sum of the four parts."""
+
+    weights_bytes: int
+    kv_cache_bytes: int
+    kv_cache_bytes_per_token: int
+    adapter_bytes: int
+    overhead_bytes: int
+    total_bytes: int
+    available_bytes: int
+    fits: bool
+    device: str
+    options: Mapping[str, Any] | None
+    parameter_count: int
+    download_bytes: int
+    alternatives: tuple[MemoryAlternative, ...]
 
 
-def _word(name: str, prefix: str) -> str:
-    word = name.removeprefix(prefix).lower()
-    return "" if word == "unspecified" else word
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CatalogueEntry:
+    """A model that the service knows without asking a hub."""
+
+    id: str
+    source: str
+    title: str
+    description: str
+    licence: str
+    gated: bool
+    tasks: tuple[str, ...]
+    family: str
+    parameter_count: int
+    context_tokens: int
+    download_bytes: int
+    languages: tuple[str, ...]
+    available_locally: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRecommendation:
+    """A model to use: how to load it so that it fits, what it then takes, and why it stands where it stands."""
+
+    entry: CatalogueEntry | None
+    options: Mapping[str, Any] | None
+    total_bytes: int
+    reasons: tuple[str, ...]

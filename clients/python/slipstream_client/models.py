@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from typing import Any, Unpack
-
-from google.protobuf.duration_pb2 import Duration
 
 from slipstream.inference.v1 import model_service_pb2 as model_pb2
 from slipstream_client.connection import checked_request_id
 from slipstream_client.errors import ProtocolError, from_status
-from slipstream_client.model_making import ModelMaking
+from slipstream_client.model_making import SERVICE, ModelMaking
 from slipstream_client.model_options import LOAD_FIELDS, LoadModelOptions
 from slipstream_client.model_results import Model as Model
 from slipstream_client.model_results import Progress as Progress
-from slipstream_client.model_results import model_from_proto as model_from_proto
 from slipstream_client.options import CallOptions
+from slipstream_client.paging import all_pages
+from slipstream_client.plain import plain
 from slipstream_client.spelling import message_of
 
-PAGE_SIZE = 200
 SETTLED = frozenset({"ready", "unloaded", "failed"})
 
 
@@ -28,19 +26,13 @@ class Models(ModelMaking):
 
     async def list(self, *, task: str = "", **call: Unpack[CallOptions]) -> list[Model]:
         """Every model the service knows, by name; with ``task`` only those that can do it."""
-        found: list[Model] = []
-        request = model_pb2.ListModelsRequest(page_size=PAGE_SIZE, task=task)
-        while True:
-            page = await self._connection.unary("inference", self.stub.ListModels, request, **call)
-            found += map(model_from_proto, page.models)
-            if not page.next_page_token:
-                return found
-            request.page_token = page.next_page_token
+        request = model_pb2.ListModelsRequest(task=task)
+        return await all_pages(self._connection, SERVICE, self.stub.ListModels, request, _models, **call)
 
     async def get(self, name: str, **call: Unpack[CallOptions]) -> Model:
         """One model. Raises NotFoundError."""
         request = model_pb2.GetModelRequest(name=name)
-        return model_from_proto(await self._connection.unary("inference", self.stub.GetModel, request, **call))
+        return plain(Model, await self._connection.unary(SERVICE, self.stub.GetModel, request, **call))
 
     async def load(self, name: str, **options: Unpack[LoadModelOptions]) -> Model:
         """Ask for a model to be made ready, and answer at once; ``wait`` follows it.
@@ -53,7 +45,7 @@ class Models(ModelMaking):
         if given:
             request.options.CopyFrom(message_of(model_pb2.ModelLoadOptions, "options", given))
         call["request_id"] = request.request_id = checked_request_id(call.get("request_id"))
-        return model_from_proto(await self._connection.unary("inference", self.stub.LoadModel, request, **call))
+        return plain(Model, await self._connection.unary(SERVICE, self.stub.LoadModel, request, **call))
 
     async def unload(
         self,
@@ -65,14 +57,14 @@ class Models(ModelMaking):
         **call: Unpack[CallOptions],
     ) -> Model:
         """Take a model out of memory; running requests get ``grace_s``. Raises FailedPreconditionError (pinned)."""
-        grace = None if grace_s is None else _duration(grace_s)
-        request = model_pb2.UnloadModelRequest(name=name, grace=grace, force=force, etag=etag)
-        return model_from_proto(await self._connection.unary("inference", self.stub.UnloadModel, request, **call))
+        values = {"name": name, "grace": grace_s, "force": force, "etag": etag}
+        request = message_of(model_pb2.UnloadModelRequest, "", values)
+        return plain(Model, await self._connection.unary(SERVICE, self.stub.UnloadModel, request, **call))
 
     async def delete(self, name: str, *, etag: str = "", **call: Unpack[CallOptions]) -> None:
         """Forget an unloaded model, and the files that the service made. Raises FailedPreconditionError."""
         request = model_pb2.DeleteModelRequest(name=name, etag=etag)
-        await self._connection.unary("inference", self.stub.DeleteModel, request, **call)
+        await self._connection.unary(SERVICE, self.stub.DeleteModel, request, **call)
 
     async def wait(
         self, name: str, *, on_change: Callable[[Model], None] = lambda model: None, **call: Unpack[CallOptions]
@@ -80,7 +72,7 @@ class Models(ModelMaking):
         """Follow a model until it is ready, or unloaded; ``on_change`` sees every step. Raises why it failed."""
         async with aclosing(self._protos((name,), call)) as protos:
             async for proto in protos:
-                model = model_from_proto(proto)
+                model = plain(Model, proto)
                 on_change(model)
                 if model.state == "failed":
                     raise from_status(proto.error)
@@ -92,15 +84,19 @@ class Models(ModelMaking):
         """Every model as it is now, then again whenever it changes. Deletions are passed over."""
         async with aclosing(self._protos(names, call)) as protos:
             async for proto in protos:
-                yield model_from_proto(proto)
+                yield plain(Model, proto)
 
     async def _protos(self, names: tuple[str, ...], call: CallOptions) -> AsyncGenerator[model_pb2.Model]:
         request = model_pb2.WatchModelsRequest(names=names)
-        events = self._connection.stream("inference", self.stub.WatchModels, request, is_answer=_is_any, **call)
+        events = self._connection.stream(SERVICE, self.stub.WatchModels, request, is_answer=_is_any, **call)
         async with aclosing(events):
             async for event in events:
                 if event.WhichOneof("event") == "model":
                     yield event.model
+
+
+def _models(page: model_pb2.ListModelsResponse) -> Iterable[Model]:
+    return (plain(Model, proto) for proto in page.models)
 
 
 def _is_any(event: model_pb2.WatchModelsResponse) -> bool:
@@ -120,9 +116,3 @@ def _head(given: dict[str, Any]) -> dict[str, Any]:
     if unknown := set(given) - LOAD_FIELDS:
         raise TypeError(f"load() got an unexpected keyword argument {sorted(unknown)[0]!r}")
     return head
-
-
-def _duration(seconds: float) -> Duration:
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
-    return duration

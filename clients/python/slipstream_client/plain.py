@@ -1,8 +1,8 @@
 """Protobuf messages as frozen dataclasses: the dataclass's own fields say what is read, and as what.
 
 An enum becomes its word in lower case (empty where unspecified or newer than this client), a Timestamp a datetime in
-UTC, a Duration seconds (in a field named ``..._s``), a google.rpc.Status a Failure, what is unset None. Not known here:
-any one message.
+UTC, a Duration seconds (in a field named ``..._s``), a Struct or Value plain data, a google.rpc.Status a Failure, what
+is unset None. Not known here: any one message.
 """
 
 from __future__ import annotations
@@ -114,5 +114,6 @@ _WELL_KNOWN: Mapping[str, Reader] = {
     "google.protobuf.Timestamp": lambda proto: proto.ToDatetime(tzinfo=UTC),
     "google.protobuf.Duration": lambda proto: proto.seconds + proto.nanos / 1e9,
     "google.protobuf.Struct": MessageToDict,
+    "google.protobuf.Value": MessageToDict,
     "google.rpc.Status": failure,
 }

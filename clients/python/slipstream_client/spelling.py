@@ -48,13 +48,14 @@ def _inner(kind: type[Message], path: str, value: Any) -> Message:
     if kind is Duration:
         return _duration(path, value)
     if kind in (struct_pb2.Struct, struct_pb2.Value):
-        return _plain_data(kind, path, value)
+        return plain_data(kind, path, value)
     if not isinstance(value, Mapping):
         raise InvalidRequestError.of(path, f"{value!r} is not a mapping")
     return message_of(kind, path, value)
 
 
-def _plain_data(kind: type[Message], path: str, value: Any) -> Message:
+def plain_data(kind: type[Proto], path: str, value: Any) -> Proto:
+    """A Struct or Value of plain values."""
     try:
         return ParseDict(value, kind())
     except (ParseError, ValueError, TypeError) as error:

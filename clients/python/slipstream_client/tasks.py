@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import grpc
 from google.protobuf import struct_pb2
-from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 
 from slipstream.inference.v1 import inference_service_pb2_grpc, tasks_pb2
 from slipstream_client import convert
@@ -16,8 +16,9 @@ from slipstream_client.connection import Attempts, Connection, Source
 from slipstream_client.errors import InvalidRequestError
 from slipstream_client.options import CallOptions
 from slipstream_client.paging import all_pages
+from slipstream_client.plain import plain
 from slipstream_client.requests import checked_text
-from slipstream_client.spelling import message_of
+from slipstream_client.spelling import message_of, plain_data
 from slipstream_client.task_results import (
     Classification,
     Embedding,
@@ -183,49 +184,15 @@ async def _messages(
 
 def _struct(parameters: Mapping[str, Any] | None) -> struct_pb2.Struct:
     values = {name: value for name, value in (parameters or {}).items() if value is not None}
-    try:
-        return ParseDict(values, struct_pb2.Struct())
-    except (ParseError, ValueError, TypeError) as error:
-        raise InvalidRequestError.of("parameters", f"are no plain data: {error}") from error
+    return plain_data(struct_pb2.Struct, "parameters", values)
 
 
 def _task(proto: tasks_pb2.Task) -> Task:
-    families = tuple(plain_family(number) for number in proto.families)
-    return Task(
-        name=proto.name,
-        description=proto.description,
-        aliases=tuple(proto.aliases),
-        input_kinds=tuple(proto.input_kinds),
-        result_kinds=tuple(proto.result_kinds),
-        parameters=tuple(map(_parameter, proto.parameters)),
-        default_model=proto.default_model,
-        auto_classes=tuple(proto.auto_classes),
-        families=families,
-        adapters_supported=proto.adapters_supported,
-        missing_packages=tuple(proto.missing_packages),
-        removed_in_transformers_version=proto.removed_in_transformers_version,
-    )
+    task = plain(Task, proto)
+    return replace(task, parameters=tuple(map(_with_its_default, task.parameters)))
 
 
-def plain_family(number: int) -> str:
-    """The word of an ArchitectureFamily; empty where it is newer than this client."""
-    enum: Any = tasks_pb2.Task.DESCRIPTOR.fields_by_name["families"].enum_type
-    value = enum.values_by_number.get(number)
-    return "" if value is None else str(value.name).removeprefix("ARCHITECTURE_FAMILY_").lower()
-
-
-def _parameter(proto: tasks_pb2.TaskParameter) -> TaskParameter:
-    default: Any = MessageToDict(proto.default_value) if proto.HasField("default_value") else None
-    is_int = proto.type == tasks_pb2.TASK_PARAMETER_TYPE_INT
-    if is_int and default is not None:
-        default = int(default)
-    return TaskParameter(
-        name=proto.name,
-        description=proto.description,
-        type=tasks_pb2.TaskParameterType.Name(proto.type).removeprefix("TASK_PARAMETER_TYPE_").lower(),
-        default_value=default,
-        min_value=proto.min_value if proto.HasField("min_value") else None,
-        max_value=proto.max_value if proto.HasField("max_value") else None,
-        allowed_values=tuple(proto.allowed_values),
-        required=proto.required,
-    )
+def _with_its_default(parameter: TaskParameter) -> TaskParameter:
+    """JSON has one kind of number: the default of a whole one comes as a float."""
+    is_whole = parameter.type == "int" and parameter.default_value is not None
+    return replace(parameter, default_value=int(parameter.default_value)) if is_whole else parameter

@@ -17,8 +17,8 @@ from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.target import Target
 from slipstream_client.cli.uploading import transfer_bar
 from slipstream_client.client import SlipstreamClient
-from slipstream_client.model_making import MemoryEstimate, ModelExport, ModelRecommendation
-from slipstream_client.models import Model, Progress
+from slipstream_client.model_making import ModelExport
+from slipstream_client.model_results import MemoryEstimate, Model, ModelRecommendation, Progress
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 

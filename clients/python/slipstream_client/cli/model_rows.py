@@ -40,7 +40,7 @@ def model_table(models: Iterable[Model], default_model: str = "") -> Table:
 def state_of(model: Model) -> str:
     """The state in colour, with what is known about it."""
     colour = COLOURS.get(model.state, "dim")
-    more = model.error or model.state_message or (progress_in_words(model.progress) if model.progress else "")
+    more = model.note or (progress_in_words(model.progress) if model.progress else "")
     return f"[{colour}]{model.state or 'unknown'}[/]" + (f" [dim]{escape(more)}[/]" if more else "")
 
 

@@ -105,7 +105,7 @@ def _model_title(name: str, model: Model | None) -> Text:
         return title
     title.append(f"  {model.state}", COLOURS.get(model.state, "dim"))
     memory = terminal.in_bytes(model.memory_bytes) if model.memory_bytes else ""
-    facts = [" ".join(model.devices), model.data_type, model.batching, memory, model.error or model.state_message]
+    facts = [" ".join(model.devices), model.data_type, model.batching, memory, model.note]
     return title.append("".join(f" · {fact}" for fact in facts if fact), "dim")
 
 

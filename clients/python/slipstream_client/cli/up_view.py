@@ -157,9 +157,7 @@ class View:
 
     def _say_model(self, model: Model, now: str, *, is_new: bool) -> None:
         if model.state == "failed":
-            terminal.out.print(
-                f"[bold red]model {escape(model.id)} failed[/] {escape(model.error or model.state_message)}"
-            )
+            terminal.out.print(f"[bold red]model {escape(model.id)} failed[/] {escape(model.note)}")
         elif model.state == "ready" and not is_new:
             terminal.out.print(f"[dim]model {escape(model.id)} ready[/]")
         elif not terminal.out.is_terminal and model.state in BUSY_STATES:
@@ -215,7 +213,7 @@ class JsonView(View):
         self._print("ready", addresses=self._addresses, logs=str(self._logs))
 
     def _say_model(self, model: Model, now: str, *, is_new: bool) -> None:
-        self._print("model", model=model.id, state=model.state, message=model.error or model.state_message or now)
+        self._print("model", model=model.id, state=model.state, message=model.note or now)
 
     def _say_died(self, death: Died) -> None:
         self._print(
