@@ -13,6 +13,7 @@ from rich.markup import escape
 from slipstream_client.cli import terminal
 from slipstream_client.cli.model_flags import LoadFlags
 from slipstream_client.cli.model_loading import followed
+from slipstream_client.cli.named_values import named_values
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.target import Target
 from slipstream_client.cli.uploading import transfer_bar
@@ -34,7 +35,7 @@ def create_model(
         Path | None, typer.Option(help="A whole configuration, in a JSON file.", exists=True, dir_okay=False)
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="FIELD=VALUE laid over it: num_hidden_layers=2. Repeat it.")
+        list[str] | None, typer.Option("--set", help="NAME=VALUE laid over it: num_hidden_layers=2. Repeat it.")
     ] = None,
     tokenizer: Annotated[str, typer.Option(help="Whose tokenizer; unset: that of --from.")] = "",
     auto_class: Annotated[str, typer.Option(help="AutoModelForCausalLM and so on; unset: its own.")] = "",
@@ -46,7 +47,7 @@ def create_model(
     target: Target,
 ) -> None:
     """Make a freshly initialised model from a configuration."""
-    given = _overrides(overrides or ())
+    given = named_values(overrides or (), "--set")
     whole = None if config is None else _read_config(config)
 
     async def work(client: SlipstreamClient) -> Model:
@@ -214,20 +215,6 @@ def _held_as(options: Mapping[str, Any]) -> str:
 
 def _mark(fits: bool) -> str:
     return "[green]fits[/]" if fits else "[red]does not fit[/]"
-
-
-def _overrides(pairs: list[str] | tuple[()]) -> dict[str, Any]:
-    """FIELD=VALUE, the value as JSON where it is some, else as text."""
-    given: dict[str, Any] = {}
-    for pair in pairs:
-        field, equals, value = pair.partition("=")
-        if not field or not equals:
-            raise typer.BadParameter(f"{pair!r} is not FIELD=VALUE", param_hint="--set")
-        try:
-            given[field] = json.loads(value)
-        except ValueError:
-            given[field] = value
-    return given
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

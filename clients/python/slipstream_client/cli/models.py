@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from slipstream_client.cli import terminal
 from slipstream_client.cli.model_loading import delete_model, load_model, unload_model, watch_models
@@ -156,18 +156,26 @@ def _pull_with_bar(backend: Any, name: str) -> Any:
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
     )
     with Progress(*columns, console=terminal.err, transient=True) as bar:
-        task = bar.add_task(escape(name), total=None)
+        task = bar.add_task(escape(name), total=None, amount="")
 
         def report(progress: Any) -> None:
+            fraction = progress.fraction
             bar.update(
                 task,
                 description=f"{progress.stage} [bold]{escape(progress.source or name)}[/]",
-                completed=progress.done_bytes,
-                total=progress.total_bytes,
+                completed=fraction or 0.0,
+                total=None if fraction is None else 1.0,
+                amount=_amount(progress),
             )
 
         return backend.pull(name, report)
+
+
+def _amount(progress: Any) -> str:
+    if progress.total_bytes:
+        return f"{terminal.in_bytes(progress.done_bytes)} of {terminal.in_bytes(progress.total_bytes)}"
+    return "" if progress.fraction is None else f"{progress.fraction:.0%}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +9,11 @@ import typer
 
 from slipstream_client.cli import terminal
 from slipstream_client.cli.generate import read_prompt
+from slipstream_client.cli.named_values import named_values
 from slipstream_client.cli.option_groups import with_groups
 from slipstream_client.cli.target import Target
 from slipstream_client.cli.task_inputs import Words, inputs_of, is_lines, lines_of
+from slipstream_client.cli.task_model import with_model
 from slipstream_client.cli.task_view import TaskView
 from slipstream_client.client import SlipstreamClient
 
@@ -22,7 +23,7 @@ def run(
     task: Annotated[str, typer.Argument(help="Task: text-classification, ner, translation_en_to_fr, ...")],
     text: Annotated[list[str] | None, typer.Argument(help="The input; several are run together; -: stdin.")] = None,
     *,
-    model: Annotated[str, typer.Option(help="Model; unset: the task's default one.")] = "",
+    model: Annotated[str, typer.Option(help="Model; unset: the task's default one, loaded where none is.")] = "",
     adapter: Annotated[str, typer.Option(help="Adapter: NAME, NAME@ALIAS or NAME@vN.")] = "",
     param: Annotated[
         list[str] | None, typer.Option("--param", "-p", help="NAME=VALUE, the value as JSON or text; may be repeated.")
@@ -47,13 +48,13 @@ def run(
 
     `slipstream run ner "Ada lives in Paris"`, `slipstream run question-answering "Who?" --context "Ada wrote it."`
     """
-    parameters = dict(map(_parameter, param or []))
     view = TaskView(output)
-    options: dict[str, Any] = {"model": model, "adapter": adapter, "parameters": parameters}
+    parameters = named_values(param or (), "--param")
+    options: dict[str, Any] = {"adapter": adapter, "parameters": parameters}
 
-    async def stream(client: SlipstreamClient, path: Path) -> bool:
+    async def stream(client: SlipstreamClient, path: Path, name: str) -> bool:
         failed = False
-        async for result in client.tasks.stream(task, lines_of(path), **options):
+        async for result in client.tasks.stream(task, lines_of(path), model=name, **options):
             failed |= result.error is not None
             if as_json:
                 terminal.print_json(result)
@@ -63,15 +64,24 @@ def run(
         return failed
 
     async def work(client: SlipstreamClient) -> bool:
+        async def with_one(name: str) -> bool:
+            return await answered(client, name)
+
+        # An adapter belongs to a model: another one would be of no use to it.
+        if model or adapter:
+            return await with_one(model)
+        return await with_model(client, with_one, quiet=as_json)
+
+    async def answered(client: SlipstreamClient, name: str) -> bool:
         if file is not None and is_lines(file):
-            return await stream(client, file)
+            return await stream(client, file, name)
         texts = [read_prompt(part) for part in text or []]
         words = Words(
             texts=texts, question=question, context=context, labels=label or [], documents=document or [], file=file
         )
-        kinds = (await client.tasks.describe(_id(task))).input_kinds
+        kinds = (await client.tasks.describe(task)).input_kinds
         given = inputs_of(words, kinds)
-        answer = await client.tasks.run(task, given, **options)
+        answer = await client.tasks.run(task, given, model=name, **options)
         for result, item in zip(answer.results, given, strict=True):
             if as_json:
                 terminal.print_json(result)
@@ -81,18 +91,3 @@ def run(
 
     if target.run(work):
         raise typer.Exit(1)
-
-
-def _id(task: str) -> str:
-    """``translation_en_to_fr`` is described as ``translation``."""
-    return "translation" if task.startswith("translation_") else task
-
-
-def _parameter(pair: str) -> tuple[str, Any]:
-    name, equals, value = pair.partition("=")
-    if not equals or not name:
-        raise typer.BadParameter(f"{pair!r} is not NAME=VALUE", param_hint="--param")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

@@ -100,7 +100,7 @@ async def _look(client: SlipstreamClient, recorder: Recorder, options: Options) 
 
 
 async def _models(client: SlipstreamClient) -> tuple[Model, ...]:
-    """None where the service does not answer: its health says so already."""
+    """No models where the service does not answer: its health says so already."""
     with contextlib.suppress(SlipstreamClientError):
         return tuple(await client.models.list(timeout_s=TIMEOUT_S))
     return ()
