@@ -112,7 +112,7 @@ async def test_the_command_line_makes_exports_and_chooses(service: ModelService,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("create", "x", "--from", "base", "--set", "layers"), "FIELD=VALUE"),
+        (("create", "x", "--from", "base", "--set", "layers"), "NAME=VALUE"),
         (("export", "base", "--max-shard", "huge"), "huge"),
         (("recommend", "ner", "--memory", "-1G"), "-1G"),
         (("recommend", "mind-reading"), "mind-reading"),
