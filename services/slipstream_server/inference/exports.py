@@ -93,7 +93,8 @@ class Exports:
     async def open(self, request: ExportRequest, report: ReportProgress) -> AsyncIterator[list[ExportedFile]]:
         """The files, hashed and in order; they stay until the block is left, however it is left.
 
-        Raises QueueFull, OutOfMemory, StorageFull, IncompatibleAdapter, CorruptArtifact or ModelLoadFailed.
+        Raises InvalidField, UnsupportedField, QueueFull, OutOfMemory, StorageFull, IncompatibleAdapter,
+        CorruptArtifact or ModelLoadFailed.
         """
         request.check()
         async with self._turn(report):
@@ -150,8 +151,13 @@ async def chunks_of(file: ExportedFile) -> AsyncGenerator[tuple[int, bytes], Non
     """Offset and bytes; raises CorruptArtifact for a file that is not what was hashed any more."""
     digest, offset = hashlib.sha256(), 0
     with await asyncio.to_thread(file.path.open, "rb") as source:
-        while block := await asyncio.to_thread(source.read, CHUNK_BYTES):
+
+        def next_block() -> bytes:
+            block = source.read(CHUNK_BYTES)
             digest.update(block)
+            return block
+
+        while block := await asyncio.to_thread(next_block):
             yield offset, block
             offset += len(block)
     if digest.hexdigest() != file.sha256:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from slipstream_server.inference.served_model import ModelPlan
 from slipstream_server.models.devices import CPU
-from slipstream_server.models.estimate import DTYPE_BYTES, estimate_memory
+from slipstream_server.models.estimate import DTYPE_BYTES, MemoryEstimate, estimate_memory
 from slipstream_server.models.load_options import LoadOptions, Quantization
 
 # What Python, torch and its libraries take before the first tensor; on a GPU, its context.
@@ -38,23 +38,35 @@ def footprint(plan: ModelPlan, capacity: Mapping[str, int]) -> dict[str, int]:
     return dict.fromkeys(devices, share + _PROCESS_BYTES)
 
 
-def _weights_and_cache(plan: ModelPlan, *, on_cpu: bool) -> int:
-    worker, facts = plan.worker, plan.facts
-    dtype = facts.dtype if worker.load.dtype == "auto" else worker.load.dtype
-    estimate = estimate_memory(
-        facts,
-        dtype=dtype,
-        quantization=worker.load.quantization,
-        double_quantization=worker.load.double_quantization,
+def dtype_of(plan: ModelPlan) -> str:
+    """The type that the weights are held in, where they are not quantized."""
+    return plan.facts.dtype if plan.worker.load.dtype == "auto" else plan.worker.load.dtype
+
+
+def memory_of(plan: ModelPlan) -> MemoryEstimate:
+    """Weights as they are held, and what a token of context takes; no context is counted."""
+    load = plan.worker.load
+    return estimate_memory(
+        plan.facts,
+        dtype=dtype_of(plan),
+        quantization=load.quantization,
+        double_quantization=load.double_quantization,
         context_tokens=0,
     )
-    context_tokens = plan.max_context_tokens or facts.context_tokens
-    cached_tokens = worker.max_batch_tokens
-    if context_tokens is not None:
-        cached_tokens = min(cached_tokens, worker.max_batch_size * context_tokens)
-    is_packed = on_cpu and worker.packed_linears and _can_be_packed(plan, dtype)
-    packed_bytes = (facts.num_parameters - _embedded(plan)) * DTYPE_BYTES[dtype] if is_packed else 0
-    return estimate.total_bytes + estimate.kv_bytes_per_token * cached_tokens + max(0, packed_bytes)
+
+
+def cached_tokens(plan: ModelPlan) -> int:
+    """Tokens of the largest batch: as many as its rows' contexts hold, and no more than one batch may have."""
+    context_tokens = plan.max_context_tokens or plan.facts.context_tokens
+    most = plan.worker.max_batch_tokens
+    return most if context_tokens is None else min(most, plan.worker.max_batch_size * context_tokens)
+
+
+def _weights_and_cache(plan: ModelPlan, *, on_cpu: bool) -> int:
+    estimate, dtype = memory_of(plan), dtype_of(plan)
+    is_packed = on_cpu and plan.worker.packed_linears and _can_be_packed(plan, dtype)
+    packed_bytes = (plan.facts.num_parameters - _embedded(plan)) * DTYPE_BYTES[dtype] if is_packed else 0
+    return estimate.total_bytes + estimate.kv_bytes_per_token * cached_tokens(plan) + max(0, packed_bytes)
 
 
 def _can_be_packed(plan: ModelPlan, dtype: str) -> bool:

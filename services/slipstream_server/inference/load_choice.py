@@ -14,7 +14,6 @@ from slipstream_server.models.load_options import LoadOptions
 DATA_TYPES = ("float32", "bfloat16", "float16")
 STORED_QUANTIZATIONS = ("gptq", "awq")
 QUANTIZATIONS = ("none", "int8", "nf4", "fp4", *STORED_QUANTIZATIONS)
-BATCHINGS = ("padded", "continuous")
 BALANCED = "balanced"
 
 _RANGES: dict[str, tuple[float, float]] = {

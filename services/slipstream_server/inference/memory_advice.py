@@ -14,16 +14,15 @@ from pathlib import Path
 import msgspec
 
 from slipstream_server.errors import InvalidField
-from slipstream_server.inference.footprint import footprint
+from slipstream_server.inference.footprint import cached_tokens, dtype_of, footprint, memory_of
 from slipstream_server.inference.load_choice import STORED_QUANTIZATIONS, LoadChoice
-from slipstream_server.inference.plans import ServingDefaults, plan_of
+from slipstream_server.inference.plans import ServingDefaults, held_quantization, plan_of
 from slipstream_server.inference.served_model import ModelPlan
 from slipstream_server.models.configurations import FoundConfiguration
 from slipstream_server.models.counting import count_parameters_anywhere
 from slipstream_server.models.devices import CPU
-from slipstream_server.models.estimate import DTYPE_BYTES, estimate_memory
+from slipstream_server.models.estimate import DTYPE_BYTES
 from slipstream_server.models.facts import Family, ModelFacts, facts_of_config, read_facts
-from slipstream_server.models.load_options import FourBitKind, Quantization
 from slipstream_server.models.sources import PreparedModel
 
 LeftBytes = Callable[[str], int | None]
@@ -107,25 +106,18 @@ class MemoryAdviser:
         elsewhere = {load.device if ":" in load.device else f"{load.device}:0": 0}
         held = footprint(plan, self._capacity) or footprint(plan, elsewhere)
         device = next(iter(held))
-        dtype = facts.dtype if load.dtype == "auto" else load.dtype
-        parts = estimate_memory(
-            facts,
-            dtype=dtype,
-            quantization=load.quantization,
-            double_quantization=load.double_quantization,
-            context_tokens=0,
-        )
-        kv_bytes = parts.kv_bytes_per_token * _cached_tokens(plan)
+        parts = memory_of(plan)
+        kv_bytes = parts.kv_bytes_per_token * cached_tokens(plan)
         available = self._left_bytes(device) if device in self._capacity else 0
         return MemoryAdvice(
             weights_bytes=parts.weight_bytes,
             kv_cache_bytes=kv_bytes,
             kv_cache_bytes_per_token=parts.kv_bytes_per_token,
-            adapter_bytes=_adapter_bytes(facts, choice, DTYPE_BYTES[dtype]),
+            adapter_bytes=_adapter_bytes(plan, choice),
             overhead_bytes=sum(held.values()) - parts.weight_bytes - kv_bytes,
             available_bytes=max(0, available) if available is not None else self._capacity.get(device, 0),
             device=device,
-            choice=_filled_in(plan, choice, dtype, device),
+            choice=_filled_in(plan, choice, device),
             num_parameters=facts.num_parameters,
             download_bytes=0,
         )
@@ -160,31 +152,24 @@ def _same_way(left: LoadChoice, right: LoadChoice) -> bool:
     return all(getattr(left, name) == getattr(right, name) for name in names)
 
 
-def _cached_tokens(plan: ModelPlan) -> int:
-    """Tokens of the largest batch: as many as its rows' contexts hold, and no more than one batch may have."""
-    context_tokens = plan.max_context_tokens or plan.facts.context_tokens
-    most = plan.worker.max_batch_tokens
-    return most if context_tokens is None else min(most, plan.worker.max_batch_size * context_tokens)
-
-
-def _adapter_bytes(facts: ModelFacts, choice: LoadChoice, element_bytes: int) -> int:
+def _adapter_bytes(plan: ModelPlan, choice: LoadChoice) -> int:
     """Slots over every linear layer, where slots are asked for: they are made when the first adapter comes."""
     if choice.adapter_slot_count is None and choice.max_adapter_rank is None:
         return 0
+    worker, facts = plan.worker, plan.facts
     hidden, heads, dim = facts.hidden_size or 0, facts.num_heads or 0, facts.head_dim or 0
     kv_width = (facts.num_kv_heads or 0) * dim
     attention = 2 * (hidden + heads * dim) + 2 * (hidden + kv_width)
     feed_forward = (3 if facts.family is Family.DECODER else 2) * (hidden + (facts.intermediate_size or 0))
-    slots = 8 if choice.adapter_slot_count is None else choice.adapter_slot_count
-    rank = 64 if choice.max_adapter_rank is None else choice.max_adapter_rank
-    return slots * rank * (facts.num_layers or 0) * (attention + feed_forward) * element_bytes
+    num_elements = worker.adapter_slots * worker.max_adapter_rank * (facts.num_layers or 0) * (attention + feed_forward)
+    return num_elements * DTYPE_BYTES[dtype_of(plan)]
 
 
-def _filled_in(plan: ModelPlan, choice: LoadChoice, dtype: str, device: str) -> LoadChoice:
+def _filled_in(plan: ModelPlan, choice: LoadChoice, device: str) -> LoadChoice:
     worker, facts = plan.worker, plan.facts
     return LoadChoice(
-        data_type=dtype,
-        quantization=_quantization_word(plan),
+        data_type=dtype_of(plan),
+        quantization=held_quantization(plan),
         double_quantization=worker.load.double_quantization,
         device=choice.device or device,
         attention_implementation=choice.attention_implementation,
@@ -197,15 +182,6 @@ def _filled_in(plan: ModelPlan, choice: LoadChoice, dtype: str, device: str) -> 
         tensor_parallel_count=1,
         prefix_caching=choice.prefix_caching,
     )
-
-
-def _quantization_word(plan: ModelPlan) -> str:
-    load = plan.worker.load
-    if load.quantization is Quantization.EIGHT_BIT:
-        return "int8"
-    if load.quantization is Quantization.FOUR_BIT:
-        return "nf4" if load.four_bit_kind is FourBitKind.NF4 else "fp4"
-    return plan.facts.quantization_method if plan.facts.quantization_method in STORED_QUANTIZATIONS else "none"
 
 
 def _download_bytes(found: FoundConfiguration, facts: ModelFacts) -> int:

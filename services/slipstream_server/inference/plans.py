@@ -11,18 +11,18 @@ from typing import Literal
 from slipstream_server.errors import InvalidField, UnsupportedField
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for, kind
-from slipstream_server.inference.load_choice import BALANCED, STORED_QUANTIZATIONS, LoadChoice
+from slipstream_server.inference.load_choice import BALANCED, QUANTIZATIONS, STORED_QUANTIZATIONS, LoadChoice
 from slipstream_server.inference.served_model import ModelPlan
 from slipstream_server.inference.task_calls import served_tasks
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts
-from slipstream_server.models.load_options import LoadOptions, parse_load_options
+from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization, parse_load_options
 from slipstream_server.models.sources import PreparedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingDefaults:
-    """The operator's choices, where a load says nothing. ``tokenizer``: a source, in place of the models' own.
+    """The operator's choices, where a load says nothing.
 
     ``max_batch_size`` and ``max_batch_tokens`` None: as the engine has them; KV memory on a GPU is then what
     ``memory_fraction`` leaves.
@@ -44,7 +44,6 @@ class ServingDefaults:
     adapter_slots: int = 8
     max_adapter_rank: int = 64
     memory_fraction: float = 0.9
-    tokenizer: str | None = None
     log_level: str = "INFO"
     log_format: Literal["auto", "json", "text"] = "auto"
 
@@ -127,6 +126,17 @@ def _load_options(prepared: PreparedModel, choice: LoadChoice, defaults: Serving
         },
         adapter_folder=prepared.adapter_folder,
     )
+
+
+def held_quantization(plan: ModelPlan) -> str:
+    """How the weights are compressed in memory, as the contract has it; empty for a kind that it has no word for."""
+    load = plan.worker.load
+    if load.quantization is Quantization.EIGHT_BIT:
+        return "int8"
+    if load.quantization is Quantization.FOUR_BIT:
+        return "nf4" if load.four_bit_kind is FourBitKind.NF4 else "fp4"
+    stored = plan.facts.quantization_method or "none"
+    return stored if stored in QUANTIZATIONS else ""
 
 
 def _or(value: int | None, default: int) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slipstream_server.errors import SlipstreamError
 from slipstream_server.inference.load_choice import LoadChoice
@@ -136,11 +136,4 @@ def _reasons(entry: CatalogueEntry, need: Need, choice: LoadChoice, *, is_local:
 def _with_place(found: Recommendation, place: int, need: Need) -> Recommendation:
     used = f"takes {found.total_bytes / 1024**3:.1f} of {need.memory_bytes / 1024**3:.1f} GiB"
     first = ("best of what fits", used) if place == 0 else (used,)
-    return Recommendation(
-        entry=found.entry,
-        choice=found.choice,
-        total_bytes=found.total_bytes,
-        is_local=found.is_local,
-        rank=found.rank,
-        reasons=(*first, *found.reasons),
-    )
+    return replace(found, reasons=(*first, *found.reasons))

@@ -8,7 +8,7 @@ import pytest
 from tests.unit.inference.conftest import llama_facts
 
 from slipstream_server.errors import InvalidField, UnsupportedField
-from slipstream_server.inference.engines import BUILT, CONTINUOUS, TASKS, engine_for
+from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
 from slipstream_server.inference.plans import ServingDefaults, plan_of
@@ -90,8 +90,7 @@ def test_the_engine_follows_the_model_unless_somebody_says_otherwise() -> None:
         {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9, "hidden_size": 8,
          "num_attention_heads": 2, "num_hidden_layers": 1}
     )  # fmt: skip
-    fastest = CONTINUOUS if CONTINUOUS in BUILT else "padded"
-    assert engine_for(decoder, "", "auto") == fastest
+    assert engine_for(decoder, "", "auto") == CONTINUOUS
     assert engine_for(decoder, "", "padded") == "padded"
     assert engine_for(decoder, "padded", "auto") == "padded"
     assert engine_for(SEQ2SEQ, "", "auto") == "padded"
@@ -100,8 +99,7 @@ def test_the_engine_follows_the_model_unless_somebody_says_otherwise() -> None:
         engine_for(SEQ2SEQ, "continuous", "auto")
     with pytest.raises(UnsupportedField):
         engine_for(ENCODER, "padded", "auto")
-    if TASKS in BUILT:
-        assert engine_for(ENCODER, "", "auto") == TASKS
+    assert engine_for(ENCODER, "", "auto") == TASKS
 
 
 def test_no_path_of_the_operator_is_shown(tmp_path: Path) -> None:

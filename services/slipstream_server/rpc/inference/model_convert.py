@@ -19,10 +19,10 @@ from slipstream_server.inference.library import StoredModel
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_loads import LoadWish
 from slipstream_server.inference.model_states import ModelView
+from slipstream_server.inference.plans import held_quantization
 from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.models.catalogue import CatalogueEntry, HubSource, builtin_catalogue
 from slipstream_server.models.facts import ModelFacts, facts_of_config
-from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization
 from slipstream_server.models.progress import PullStage
 from slipstream_server.models.task_classes import kind_of, tasks_of
 from slipstream_server.resource_names import ModelName
@@ -241,7 +241,7 @@ def _tell_stored(model: Model, record: StoredModel, change_time: datetime | None
 
 def _tell_loaded(model: Model, ready: Ready, plan: ModelPlan) -> None:
     model.data_type = _DATA_TYPES.get(ready.dtype, precision_pb2.DATA_TYPE_UNSPECIFIED)
-    model.quantization = _held_quantization(plan)
+    model.quantization = _QUANTIZATIONS.get(held_quantization(plan), precision_pb2.QUANTIZATION_UNSPECIFIED)
     model.devices.append(ready.device)
     model.attention_implementation = ready.attention
     model.batching = _BATCHINGS.get(ready.batching, model_service_pb2.BATCHING_UNSPECIFIED)
@@ -258,16 +258,6 @@ def _tell_replica(model: Model, replica_id: str) -> None:
     model.replica_statuses.add(
         replica_id=replica_id, state=model.state, state_message=model.state_message, report_time=now
     )
-
-
-def _held_quantization(plan: ModelPlan) -> precision_pb2.Quantization.ValueType:
-    load: LoadOptions = plan.worker.load
-    if load.quantization is Quantization.EIGHT_BIT:
-        return precision_pb2.QUANTIZATION_INT8
-    if load.quantization is Quantization.FOUR_BIT:
-        is_nf4 = load.four_bit_kind is FourBitKind.NF4
-        return precision_pb2.QUANTIZATION_NF4 if is_nf4 else precision_pb2.QUANTIZATION_FP4
-    return _QUANTIZATIONS.get(plan.facts.quantization_method or "none", precision_pb2.QUANTIZATION_UNSPECIFIED)
 
 
 def _word(value: int, words: Mapping[str, int], field: str) -> str:
