@@ -227,3 +227,23 @@ def test_other_tokenizers_and_encoder_decoders(model: Any, kind: str, encodes: b
     (answer,) = run(made, asked("regex", "(he|lo){2,5}", stopping=stopping))
     assert answer.failure is None
     assert re.fullmatch("(he|lo){2,5}", text_of(folder, answer.tokens[0]))
+
+
+def test_a_prepared_model_reads_nothing_when_the_first_constraint_comes(tmp_path: Path) -> None:
+    """Reading the vocabulary beside a running engine keeps the GIL from its steps."""
+    folder = save_folder(tmp_path / "tokenizer", byte_level())
+    prepared, unprepared = Grammars(folder, VOCAB), Grammars(folder, VOCAB)
+    prepared.prepare()
+    for file in folder.iterdir():
+        file.unlink()
+    constraint = Constraint(kind="choice", choices=("yes", "no"))
+    assert prepared.guide(prepared.compile(constraint), asked("choice", choices=("yes",))).num_words
+    with pytest.raises(Exception, match="tokenizer"):
+        unprepared.compile(constraint)
+
+
+def test_a_model_whose_vocabulary_cannot_be_read_is_served_without_constraints(tmp_path: Path) -> None:
+    grammars = Grammars(tmp_path, VOCAB)
+    grammars.prepare()
+    with pytest.raises(Exception, match="tokenizer"):
+        grammars.compile(Constraint(kind="choice", choices=("yes", "no")))

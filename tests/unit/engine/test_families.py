@@ -23,6 +23,7 @@ from slipstream_server.inference.engine.paged_attention import (
     UnsupportedAttention,
 )
 from slipstream_server.inference.engine.passes import Traits
+from slipstream_server.inference.generation import Constraint, Failed
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.load_options import LoadOptions
 
@@ -111,6 +112,14 @@ def test_assembly_falls_back_to_padded_batches_and_says_so(name: str, batching: 
         for event in engine.step():
             tokens += getattr(event, "token_ids", [])
     assert tokens == generate_alone(model, (5, 6, 7), max_new_tokens=4)
+    # The vocabulary has been read: doing so later would hold up everybody's steps.
+    (folder / "tokenizer.json").unlink()
+    engine.submit(request((5, 6, 7), constraint=Constraint(kind="regex", text="[0-9]{3}")))
+    constrained = []
+    while engine.wait_s() is not None:
+        constrained += engine.step()
+    assert [event for event in constrained if isinstance(event, Failed)] == []
+    assert sum(len(getattr(event, "token_ids", [])) for event in constrained) == 3
 
 
 def random_step(generator: np.random.Generator, shape: LayerShape, num_queries: int) -> tuple[Layout, Any]:

@@ -59,6 +59,7 @@ def assemble(config: WorkerConfig, report: Report, poll: Callable[[], None]) -> 
     traits = Traits.of(loaded.model)
     slots = _slots(loaded.model, config)
     grammars = Grammars(config.model_folder, traits.vocab_size)
+    grammars.prepare()
     report(0.9, "first step")
     if config.engine == "continuous":
         try:

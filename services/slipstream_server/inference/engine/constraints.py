@@ -2,9 +2,10 @@
 
     Grammars   one model's compiler and its cache ──compile──> prototype ──copy──> Guide, one for each row
 
-Compiling and masking release the GIL inside llguidance, whose own limits bound the work of every step; the first
-compilation also reads the tokenizer. A guide belongs to one thread at a time: the mask thread between ``begin`` and
-``wait`` of a Filling, else the engine's. Torch-free; knows nothing of schedulers.
+Compiling and masking release the GIL inside llguidance, whose own limits bound the work of every step. Reading the
+vocabulary does not: ``prepare`` does it while nobody is answered yet, else the first compilation does. A guide belongs
+to one thread at a time: the mask thread between ``begin`` and ``wait`` of Masks, else the engine's. Torch-free; knows
+nothing of schedulers.
 
 What counts as an end is decided here, not by the library: it is given an end token of its own outside the vocabulary,
 so that a row's own end tokens are allowed exactly where the grammar may end.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -30,6 +32,8 @@ from slipstream_server.inference.constraint_rules import check_constraint, parse
 from slipstream_server.inference.detokenizer import DetokenizerFactory
 from slipstream_server.inference.generation import Constraint, GenerationRequest
 from slipstream_server.models.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -173,6 +177,17 @@ class Grammars:
         self._lock = threading.Lock()
         self._found: OrderedDict[str, Any] = OrderedDict()
 
+    def prepare(self) -> None:
+        """Read the vocabulary now: beside a running engine that would hold every step up, for seconds on busy cores.
+        Where it fails, the first constraint is told why.
+        """
+        try:
+            self._read_vocabulary()
+        except ImportError:
+            return
+        except Exception as error:
+            logger.warning("constraints cannot be enforced: %s", error)
+
     def cached(self, constraint: Constraint) -> Any:
         """The prototype or the SlipstreamError of an earlier ``compile``; None where there was none."""
         return self._found.get(content_key(constraint))
@@ -200,16 +215,20 @@ class Grammars:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError:
             raise UnsupportedField.of("constraint", "the server has no llguidance installed") from None
-        with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = Vocabulary(TextTokenizer.load(self._folder), self._vocab_size)
+        vocabulary = self._read_vocabulary()
         limits = LLParserLimits(**_LIMITS)  # type: ignore[arg-type]
-        matcher = LLMatcher(self._vocabulary.words, _grammar(constraint), log_level=0, limits=limits)
+        matcher = LLMatcher(vocabulary.words, _grammar(constraint), log_level=0, limits=limits)
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first mask builds what later ones reuse, and finds dead ends
         if matcher.is_error() or (matcher.is_stopped() and not matcher.is_accepting()):
             raise _refusal(constraint, matcher.get_error())
         return matcher
+
+    def _read_vocabulary(self) -> Vocabulary:
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = Vocabulary(TextTokenizer.load(self._folder), self._vocab_size)
+            return self._vocabulary
 
 
 def content_key(constraint: Constraint) -> str:
@@ -241,7 +260,7 @@ def _without_slashes(pattern: str) -> str:
 
 
 def _refusal(constraint: Constraint, error: str) -> InvalidRequest:
-    field = "constraint.choice" if constraint.kind == "choice" else f"constraint.{constraint.kind}"
+    field = f"constraint.{constraint.kind}"
     if "NoExtension" in error or not error:
         return InvalidField.of(field, "no text matches it")
     reason = _reason(error)
