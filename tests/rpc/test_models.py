@@ -273,3 +273,36 @@ async def test_lists_come_in_pages_by_state(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await service.stub.ListModels(pb2.ListModelsRequest(page_token=page.next_page_token))
         assert error_info(refused.value) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+
+
+async def test_lists_by_what_is_no_task_or_state_are_refused_with_what_is_allowed(tmp_path: Path) -> None:
+    async with model_service(tmp_path) as service:
+        folder(service.root, "tiny")
+        await service.loaded("tiny")
+        by_alias = await service.stub.ListModels(pb2.ListModelsRequest(task="text-generation"))
+        assert [model.name for model in by_alias.models] == ["models/tiny"]
+        assert not (await service.stub.ListModels(pb2.ListModelsRequest(task="sentiment-analysis"))).models
+        for fields, words in (
+            ({"task": "text-generatoin"}, "did you mean 'text-generation'?"),
+            ({"task": "xx"}, "ListTasks names the tasks"),
+            ({"states": [MODEL.STATE_READY, 99]}, "states[1]: 99 is no state; allowed: STATE_UNLOADED, "),
+            ({"states": [0]}, "states[0]: 0 is no state"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await service.stub.ListModels(pb2.ListModelsRequest(**fields))
+            assert error_info(refused.value) == ("INVALID_ARGUMENT", "INVALID_FIELD")
+            assert words in str(refused.value.details())
+
+
+async def test_who_deletes_a_model_that_is_being_unloaded_is_told_to_wait(tmp_path: Path) -> None:
+    async with model_service(tmp_path) as service:
+        folder(service.root, "tiny")
+        await service.loaded("tiny")
+        model = service.front._models["tiny"]
+        model.dispatcher.queue.put(ticket := await _stuck(service))
+        await service.unload("tiny")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await service.stub.DeleteModel(pb2.DeleteModelRequest(name="tiny"))
+        assert error_info(refused.value) == ("FAILED_PRECONDITION", "WRONG_STATE")
+        assert refused.value.details() == "model tiny is being unloaded; delete it once it is UNLOADED"
+        model.dispatcher.withdraw(ticket)

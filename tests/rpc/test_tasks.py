@@ -292,7 +292,10 @@ async def test_tasks_are_listed_and_described(service: Service) -> None:
     assert "LoadModel" in next(p.description for p in task.parameters if p.name == "load_in_8bit")
     for name, code in (("nothing", grpc.StatusCode.NOT_FOUND), ("", grpc.StatusCode.INVALID_ARGUMENT)):
         assert (await refused(service.stub.DescribeTask(tasks_pb2.DescribeTaskRequest(name=name))))[0] is code
-    assert (await refused(service.stub.ListTasks(tasks_pb2.ListTasksRequest(page_size=101))))[1] == "INVALID_FIELD"
+    for page_size in (-1, 101):
+        bad = await refused(service.stub.ListTasks(tasks_pb2.ListTasksRequest(page_size=page_size)))
+        assert bad[1] == "INVALID_FIELD"
+        assert f"{page_size} is not from 0 (the default of 50) to 100" in bad[2]
 
 
 async def test_a_model_without_a_head_to_generate_with_does_not_generate(service: Service) -> None:

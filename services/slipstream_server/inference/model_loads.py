@@ -42,6 +42,11 @@ log = logging.getLogger(__name__)
 _PURGE_EVERY_S = 3600.0
 _IN_MEMORY = frozenset({ModelState.LOADING, ModelState.READY, ModelState.RESTARTING})
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
+# What is said to those who delete a model that is under way to a state in which it can be deleted.
+_BEFORE_DELETION = {
+    ModelState.UNLOADING: "model {name} is being unloaded; delete it once it is UNLOADED",
+    ModelState.CREATING: "model {name} is being made; delete it once that has ended",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,8 +230,7 @@ class ModelLoads:
 
     async def _fetched(self, record: StoredModel) -> ModelPlan:
         def report(progress: PullProgress) -> None:
-            fraction = progress.done_bytes / progress.total_bytes if progress.total_bytes else 0.0
-            self._front.report(record.id, str(progress.stage), fraction)
+            self._front.report(record.id, str(progress.stage), progress.fraction or 0.0)
 
         prepared, files = await self._fetcher.fetch(record, report)
         self.states.files[record.id] = files
@@ -297,7 +301,8 @@ class ModelLoads:
         async with self._deciding:
             record, state = self.library.get(name), self._front.status(name).state
             if state not in _AT_REST:
-                raise WrongState(f"model {name} is {state}; unload it first", metadata={"state": state.upper()})
+                first = _BEFORE_DELETION.get(state, f"model {name} is {state}; unload it first")
+                raise WrongState(first.format(name=name), metadata={"state": state.upper()})
             await self.library.remove(name, etag=etag)
             if self._front.is_served(name):
                 await self._front.remove_model(name)

@@ -104,6 +104,11 @@ class CatalogueEntry:
     scores: tuple[Score, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def needs_hub(self) -> bool:
+        """Whether every source of it is a model hub."""
+        return all(isinstance(source, HubSource) for source in self.sources)
+
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
@@ -120,6 +125,13 @@ class Catalogue:
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise ModelNotFound(f"model {name[:100]!r} is not in the catalogue and is no hub id (org/name){hint}")
         return self.entries[name]
+
+    def of_task(self, task: str) -> tuple[CatalogueEntry, ...]:
+        """Entries that can do a task: the usual choice first, then those that were made for it and need no hub."""
+        able = [entry for entry in self.entries.values() if task in entry.tasks]
+        return tuple(
+            sorted(able, key=lambda entry: (task not in entry.default_for, task != entry.tasks[0], entry.needs_hub))
+        )
 
 
 @cache

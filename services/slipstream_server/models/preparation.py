@@ -6,14 +6,15 @@ import json
 import logging
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from slipstream_server import errors
 from slipstream_server.errors import ModelLoadFailed, SlipstreamError
+from slipstream_server.models import with_parent
 from slipstream_server.models.priority import is_lowered, lower_process
 
 _log = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 3600.0
 _HEARTBEAT_S = 0.5
 _MAX_OUTPUT_BYTES = 1024 * 1024
+_MAX_PROGRESS_BYTES = 1024
 _ERRORS: dict[str, type[SlipstreamError]] = {
     error.__name__: error
     for error in (
@@ -33,11 +35,12 @@ _ERRORS: dict[str, type[SlipstreamError]] = {
 }
 
 
-Heartbeat = Callable[[], None]
-"""Called now and then while the subprocess runs; what it raises ends the subprocess and the call."""
+Heartbeat = Callable[[float], None]
+"""Called now and then while the subprocess runs, with how far it says it is, 0 to 1; what it raises ends the subprocess
+and the call."""
 
 
-def ignore_heartbeat() -> None:
+def ignore_heartbeat(fraction: float) -> None:
     """For callers that wait to the end."""
 
 
@@ -52,7 +55,7 @@ def run_preparation(
     """Fill the empty folder ``target`` with the prepared form of ``source``; returns the versions that did it.
 
     Raises UnsafeWeights, CorruptArtifact, OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives
-    the call.
+    the call, nor this process.
     """
     arguments = ["--source", str(source), "--target", str(target), "--dtype", dtype]
     if tokenizer is not None:
@@ -65,21 +68,21 @@ def run_sentiment_recipe(
 ) -> dict[str, str]:
     """Fill the folder ``target`` with ``base``, fine-tuned on the sentences in ``data``; returns what came of it.
 
-    Raises OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives the call.
+    Raises OutOfMemory, StorageFull or ModelLoadFailed. The subprocess never outlives the call, nor this process.
     """
     arguments = ["--base", str(base), "--data", str(data), "--target", str(target)]
     return _run("slipstream_server.models.sentiment", arguments, heartbeat)
 
 
 def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[str, str]:
-    """The last line that the module's program writes, which is a JSON object."""
-    command = [sys.executable, "-m", module, *arguments]
+    """The last line that the module's program writes, which is a JSON object; lines before it may tell progress."""
+    command = with_parent.command(module, *arguments)
     # Whatever transformers would fetch of its own accord, it must not.
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "PYTHONPATH": import_path(),
+        "PYTHONPATH": with_parent.import_path(),
     }
     with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as log:
         with subprocess.Popen(
@@ -89,7 +92,7 @@ def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[st
             if is_lowered():
                 lower_process(process.pid)
             try:
-                _await(process, heartbeat)
+                _await(process, lambda: heartbeat(_fraction(output)))
             finally:
                 process.kill()
         output.seek(0)
@@ -103,7 +106,7 @@ def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[st
     return answer
 
 
-def _await(process: subprocess.Popen[bytes], heartbeat: Heartbeat) -> None:
+def _await(process: subprocess.Popen[bytes], heartbeat: Callable[[], None]) -> None:
     deadline_s = time.monotonic() + _TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
@@ -114,13 +117,15 @@ def _await(process: subprocess.Popen[bytes], heartbeat: Heartbeat) -> None:
     raise ModelLoadFailed(f"preparing the model took over {_TIMEOUT_S:.0f} s")
 
 
-def import_path() -> str:
-    """PYTHONPATH of a subprocess, which must find this very package, however the parent found it."""
-    package_root = str(Path(errors.__file__).parent.parent)
-    return os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+def _fraction(output: IO[bytes]) -> float:
+    """How far the program has said it is, read without moving the place where it writes."""
+    end = os.fstat(output.fileno()).st_size
+    written = os.pread(output.fileno(), _MAX_PROGRESS_BYTES, max(0, end - _MAX_PROGRESS_BYTES))
+    told = _last_line(written[: written.rfind(b"\n") + 1])
+    return float(told.get("fraction", 1.0 if told else 0.0))
 
 
-def _last_line(output: bytes) -> dict[str, str]:
+def _last_line(output: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(output.splitlines()[-1])
     except (ValueError, IndexError):
@@ -128,7 +133,7 @@ def _last_line(output: bytes) -> dict[str, str]:
     return answer if isinstance(answer, dict) else {}
 
 
-def _failure(answer: dict[str, str], status: int) -> SlipstreamError:
+def _failure(answer: dict[str, Any], status: int) -> SlipstreamError:
     if status in (-9, 137) and not answer:
         return errors.OutOfMemory("the system ended the preparation of the model, most likely for want of memory")
     error_class = _ERRORS.get(answer.get("error", ""), ModelLoadFailed)

@@ -16,7 +16,6 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,8 +223,17 @@ class _Resolver:
                 _log.info("model %s: skipping %s: %s", entry.name, source, error.message)
                 reasons.append(error.message)
         raise DependencyUnavailable(
-            f"model {entry.name}: no source has it now: {'; '.join(reasons)}", retry_after_s=30.0
+            f"model {entry.name}: no source has it now: {'; '.join(reasons)}{self._elsewhere(entry)}",
+            retry_after_s=30.0,
         )
+
+    def _elsewhere(self, entry: CatalogueEntry) -> str:
+        """Who can do the same and needs no hub."""
+        for task in entry.tasks:
+            for other in self._options.catalogue.of_task(task):
+                if other is not entry and not other.needs_hub:
+                    return f"; {other.name} can do {task} and needs no hub: `slipstream models pull {other.name}`"
+        return ""
 
     def _fetch(self, entry: CatalogueEntry, source: CatalogueSource) -> _Found:
         self._progress(PullProgress(stage=PullStage.RESOLVING, source=str(source)))
@@ -248,11 +256,11 @@ class _Resolver:
         data = raw / source.files[0].target
         if source.conversion == "sentiment":
             base = self._resolve_entry(self._options.catalogue.get(source.base), None)
-            converting = self._converting(str(source))
-            facts = run_sentiment_recipe(base.folder, data, target, heartbeat=converting)
+            training = self._beginning(PullStage.TRAINING, str(source))
+            facts = run_sentiment_recipe(base.folder, data, target, heartbeat=training)
             versions = {"base": source.base, **facts}
         else:
-            converting = self._converting(str(source))
+            converting = self._beginning(PullStage.CONVERTING, str(source))
             versions = run_preparation(data, target, dtype=self._options.gguf_dtype, heartbeat=converting)
         for file in source.files:
             (raw / file.target).unlink()
@@ -273,7 +281,7 @@ class _Resolver:
         key = _key(Path(name).name, *state, fingerprint(tokenizer_folder) if tokenizer_folder else "own tokenizer")
 
         def fill(target: Path) -> Mapping[str, Any]:
-            converting = self._converting(found.source)
+            converting = self._beginning(PullStage.CONVERTING, found.source)
             versions = run_preparation(
                 found.path, target, tokenizer=tokenizer_folder, dtype=self._options.gguf_dtype, heartbeat=converting
             )
@@ -281,10 +289,13 @@ class _Resolver:
 
         return self._cache.build(key, fill)
 
-    def _converting(self, source: str) -> Callable[[], None]:
-        """Says that a conversion begins; what it returns says so again, so that who listens may end it."""
-        report = partial(self._progress, PullProgress(stage=PullStage.CONVERTING, source=source))
-        report()
+    def _beginning(self, stage: PullStage, source: str) -> Callable[[float], None]:
+        """Says that a long stage begins; what it returns says how far it is, so that who listens may end it."""
+
+        def report(fraction: float) -> None:
+            self._progress(PullProgress(stage=stage, source=source, done_share=fraction or None))
+
+        report(0.0)
         return report
 
     def _find_tokenizer(self, spec: str) -> Path:

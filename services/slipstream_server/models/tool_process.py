@@ -2,7 +2,7 @@
 lines and one JSON answer out. Free of torch; event loop.
 
 The program never outlives the call that runs it: it is killed when the call ends, is cancelled or takes too long, and
-ends itself when its standard input closes, which the death of this process does.
+with this process (``with_parent``); it also ends itself when its standard input closes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -21,7 +20,7 @@ from typing import IO, Any
 
 from slipstream_server import errors
 from slipstream_server.errors import DeadlineExceeded, FieldViolation, InternalError, OutOfMemory, SlipstreamError
-from slipstream_server.models.preparation import import_path
+from slipstream_server.models import with_parent
 
 _log = logging.getLogger(__name__)
 
@@ -69,10 +68,10 @@ async def run_tool(
     """The answer of ``python -m slipstream_server.models.PROGRAM``; raises the SlipstreamError it ends with,
     OutOfMemory where the system ended it, DeadlineExceeded after ``timeout_s``.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": import_path()}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": with_parent.import_path()}
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", f"slipstream_server.models.{program}"),
+            *with_parent.command(f"slipstream_server.models.{program}"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=log,

@@ -44,11 +44,12 @@ class PageRequest:
     query: tuple[str, ...]
     page_size: int = 0
     page_token: str = ""
+    max_page_size: int = MAX_PAGE_SIZE
 
     def num_rows(self) -> int:
-        """``page_size``, with 0 as the default. Raises InvalidField outside 0 to 1,000."""
-        if not 0 <= self.page_size <= MAX_PAGE_SIZE:
-            allowed = f"0 (the default of {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}"
+        """``page_size``, with 0 as the default. Raises InvalidField outside 0 to ``max_page_size``."""
+        if not 0 <= self.page_size <= self.max_page_size:
+            allowed = f"0 (the default of {DEFAULT_PAGE_SIZE}) to {self.max_page_size}"
             raise InvalidField.of("page_size", f"{self.page_size} is not from {allowed}")
         return self.page_size or DEFAULT_PAGE_SIZE
 

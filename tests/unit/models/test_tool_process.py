@@ -14,8 +14,8 @@ import pytest
 from tests.conftest import Eventually
 
 from slipstream_server.errors import DeadlineExceeded, InternalError, InvalidField
-from slipstream_server.models.preparation import import_path
 from slipstream_server.models.tool_process import run_tool
+from slipstream_server.models.with_parent import import_path
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from slipstream.inference.v1 import model_service_pb2
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
+from slipstream_server.errors import InvalidField
 from slipstream_server.inference.front import InferenceFront
 from slipstream_server.inference.model_loads import ModelLoads
 from slipstream_server.resource_names import ModelName
@@ -27,6 +28,7 @@ from slipstream_server.rpc.inference.model_making import ModelMaking, request_ke
 from slipstream_server.rpc.inference.model_rooms import ModelRooms
 from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.pages import PageRequest, encode_token
+from slipstream_server.tasks.registry import find_task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Model = model_service_pb2.Model
@@ -53,11 +55,17 @@ class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
         self, request: model_service_pb2.ListModelsRequest, context: Context
     ) -> model_service_pb2.ListModelsResponse:
         query = ("models", ",".join(map(str, sorted(request.states))), request.task)
+        task = find_task(request.task).spec.id if request.task else ""
+        _check_states(request.states)
         page = PageRequest(query=query, page_size=request.page_size, page_token=request.page_token)
         num_rows, position = page.num_rows(), page.position()
         after = position[0] if position else ""
         models = [model_message(v, self._replica_id) for v in self._loads.states.views() if v.record.id > after]
-        wanted = [model for model in models if _is_wanted(model, request)]
+        wanted = [
+            model
+            for model in models
+            if (not request.states or model.state in request.states) and (not task or task in model.tasks)
+        ]
         response = model_service_pb2.ListModelsResponse(models=wanted[:num_rows])
         if len(wanted) > num_rows:
             last = ModelName.parse(wanted[num_rows - 1].name, "name").model
@@ -140,5 +148,9 @@ def _without_progress(model: Model) -> Model:
     return plain
 
 
-def _is_wanted(model: Model, request: model_service_pb2.ListModelsRequest) -> bool:
-    return (not request.states or model.state in request.states) and (not request.task or request.task in model.tasks)
+def _check_states(states: Iterable[int]) -> None:
+    """Raise InvalidField for a number that is no state."""
+    known = {number: name for name, number in Model.State.items() if number}
+    for place, state in enumerate(states):
+        if state not in known:
+            raise InvalidField.of(f"states[{place}]", f"{state} is no state; allowed: {', '.join(known.values())}")

@@ -74,10 +74,8 @@ class TaskMethods(inference_grpc.InferenceServiceServicer):
                 await asyncio.gather(reader, return_exceptions=True)
 
     async def ListTasks(self, request: tasks_pb2.ListTasksRequest, context: Context) -> tasks_pb2.ListTasksResponse:
-        if request.page_size > MAX_PAGE_SIZE:
-            raise InvalidField.of("page_size", f"{request.page_size} is not from 0 (the default) to {MAX_PAGE_SIZE}")
         query = ("tasks", request.model)
-        num_rows = PageRequest(query=query, page_size=request.page_size).num_rows()
+        num_rows = PageRequest(query=query, page_size=request.page_size, max_page_size=MAX_PAGE_SIZE).num_rows()
         after = str(decode_token(query, request.page_token)[0]) if request.page_token else ""
         able = self._front.tasks_of(model_id(request.model)) if request.model else tuple(TASKS)
         wanted = [task for task in TASKS if task in able and task > after]
