@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,6 +184,29 @@ async def test_a_worker_that_dies_costs_one_retry(service: Service) -> None:
 async def test_a_poisoned_call_fails_after_two_deaths(service: Service) -> None:
     code, reason, _ = await refused(service.stub.RunTask(run_request("a", POISON)))
     assert (code, reason) == (grpc.StatusCode.UNAVAILABLE, "WORKER_DIED")
+
+
+async def test_a_call_that_no_worker_can_answer_in_time_is_refused_before_its_deadline(
+    service: Service, assert_eventually: Eventually
+) -> None:
+    """What waits for the next worker may wait as long as that one takes to load, and no longer for nothing."""
+    service.log.with_suffix(".held").touch()
+    supervisor = service.front._models["judge"].supervisor
+    supervisor._load_s = 60.0  # what the first one took; the next one takes longer still
+    status = service.front.status("judge")
+    assert status.worker_pid is not None
+    waiting = asyncio.ensure_future(service.stub.RunTask(run_request(SILENT)))
+    await assert_eventually(lambda: any(line.startswith("submit") for line in service.lines()))
+    began_s = time.monotonic()
+    held_up = asyncio.ensure_future(service.stub.RunTask(run_request(SILENT), timeout=30))
+    await assert_eventually(lambda: len(service.front._task_runs) == 2)
+    os.kill(status.worker_pid, signal.SIGKILL)
+    assert (await refused(held_up))[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_NOT_READY")
+    later = await refused(service.stub.RunTask(run_request("new"), timeout=30))
+    assert later[:2] == (grpc.StatusCode.UNAVAILABLE, "MODEL_NOT_READY")
+    assert time.monotonic() - began_s < 15
+    assert not waiting.done()  # it has all the time there is
+    waiting.cancel()
 
 
 async def test_a_deadline_frees_the_worker(service: Service, assert_eventually: Eventually) -> None:

@@ -268,6 +268,14 @@ class Dispatcher:
                 self.queue.put_back(ticket)
         self._note_idle()
 
+    def refuse_hopeless(self, ready_at_s: float, error: SlipstreamError) -> None:
+        """End what waits for a worker and would be too late by ``ready_at_s``: its caller may still go elsewhere."""
+        for ticket in list(self.queue):
+            if ticket.deadline_s <= ready_at_s:
+                self.queue.remove(ticket)
+                ticket.told.fail(error)
+        self._note_idle()
+
     def fail_all(self, error: SlipstreamError) -> None:
         """End every request there is."""
         self._send = None
@@ -302,7 +310,7 @@ class Dispatcher:
                 ticket.told.finished()
             case Failed():
                 self._leave(ticket)
-                ticket.told.fail(error_of(event.reason, event.message))
+                ticket.told.fail(error_of(event.reason, event.message, event.field))
             case TaskResults():
                 if isinstance(ticket, TaskTicket):
                     ticket.has_joined = True

@@ -1,7 +1,8 @@
 """Keeps one model's worker alive: starts it, passes its events on, starts another when it dies.
 
 Deaths are answered with exponentially longer pauses; after too many without a stable life between them the model is
-FAILED, its requests are failed with the reason, and a new worker is tried only now and then. A model that cannot be
+FAILED, its requests are failed with the reason, and a new worker is tried only now and then. Requests that wait for the
+next worker and whose deadline is nearer than it can be ready are refused at once. A model that cannot be
 loaded at all stays FAILED until somebody unloads it; one that had been ready before is tried again.
 
 One task of the front runs ``run`` until it is cancelled; the worker ends with it.
@@ -26,6 +27,8 @@ from slipstream_server.inference.worker_process import WorkerGone, WorkerLaunch,
 from slipstream_server.storage.columns import utc_now
 
 _log = logging.getLogger(__name__)
+
+_LEAST_LOADING_S = 2.0
 
 
 class ModelState(StrEnum):
@@ -101,14 +104,16 @@ class WorkerSupervisor:
         self._metrics = metrics
         self._on_change = on_change
         self._deaths_in_a_row = 0
+        self._began_at_s = 0.0
         self._ready_at_s: float | None = None
+        self._load_s = 0.0
         self._was_ready = False
         self.has_given_up = False
 
     @property
     def retry_after_s(self) -> float:
-        """When a caller who found the model not ready may try again."""
-        loading_s = 2.0
+        """When a caller who found the model not ready may try again: by how long it took to load before."""
+        loading_s = max(_LEAST_LOADING_S, self._load_s)
         return loading_s + (self._policy.delay_s(self._deaths_in_a_row) if self._deaths_in_a_row else 0.0)
 
     async def run(self) -> None:
@@ -136,7 +141,7 @@ class WorkerSupervisor:
         self._change(state=ModelState.UNLOADING)
 
     async def _one_life(self) -> None:
-        self._ready_at_s = None
+        self._began_at_s, self._ready_at_s = time.monotonic(), None
         try:
             async with spawn_worker(self._launch) as worker:
                 self._change(worker_pid=worker.pid)
@@ -155,13 +160,14 @@ class WorkerSupervisor:
             case Ready():
                 self._was_ready = True
                 self._ready_at_s = time.monotonic()
+                self._load_s = self._ready_at_s - self._began_at_s
                 self._change(
                     state=ModelState.READY, progress=1.0, stage="", error=None, ready=event, ready_time=utc_now()
                 )
                 _log.info("model %s is ready on %s", self.status.model, event.device)
                 self._dispatcher.connect(worker.send)
             case LoadFailed():
-                raise _CannotLoad(error_of(event.reason, event.message))
+                raise _CannotLoad(error_of(event.reason, event.message, event.field))
             case Stats():
                 has_news = self.status.stats is None or self.status.stats.adapters != event.adapters
                 self.status = replace(self.status, stats=event)
@@ -186,6 +192,9 @@ class WorkerSupervisor:
             self.fail(WorkerDied(text, retry_after_s=delay_s))
         else:
             self._change(state=ModelState.RESTARTING, progress=0.0, stage=f"worker {how}")
+            # The next one takes as long as this one took: who cannot wait that long is told now.
+            again_s = time.monotonic() + delay_s + self._load_s
+            self._dispatcher.refuse_hopeless(again_s, not_ready(self.status, self.retry_after_s))
         await asyncio.sleep(delay_s)
 
     async def _after_failed_load(self, error: SlipstreamError) -> None:

@@ -86,6 +86,8 @@ class FakeTaskWorker:
 
 
 async def main(path: str, log: Path) -> None:
+    if log.with_suffix(".held").exists():  # as a model that takes long to load again
+        await asyncio.sleep(99)
     reader, writer = await asyncio.open_unix_connection(path)
     await FakeTaskWorker(writer, log).serve(reader)
 
