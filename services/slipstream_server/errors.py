@@ -62,6 +62,11 @@ class SlipstreamError(Exception):
         self.metadata = dict(metadata or {})
         self.retry_after_s = retry_after_s
 
+    @property
+    def field(self) -> str:
+        """The first field at fault; empty where the failure is about none."""
+        return self.violations[0].field if self.violations else ""
+
 
 class InvalidRequest(SlipstreamError):
     """The request can never succeed as it is."""

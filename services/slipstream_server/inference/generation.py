@@ -158,10 +158,11 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag="load_failed"):
-    """Worker to front: the model cannot be loaded; the worker exits. ``reason`` is an ErrorReason name."""
+    """Worker to front: the model cannot be loaded; the worker exits. ``reason`` and ``field`` as in Failed."""
 
     reason: str
     message: str
+    field: str = ""
 
 
 class Admitted(msgspec.Struct, frozen=True, tag="admitted"):
@@ -204,11 +205,12 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
-    """The request failed alone. ``reason`` is an ErrorReason name. Terminal."""
+    """The request failed alone. ``reason`` is an ErrorReason name, ``field`` the one at fault, if one is. Terminal."""
 
     id: int
     reason: str
     message: str
+    field: str = ""
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

@@ -55,7 +55,7 @@ class Worker:
             self._load(config)
         except SlipstreamError as error:
             logger.error("the model cannot be loaded: %s", error.message)
-            self._channel.send_last([LoadFailed(error.reason, error.message)])
+            self._channel.send_last([LoadFailed(error.reason, error.message, error.field)])
             return EXIT_LOAD_FAILED
         while self._obey(self._engine_or_fail().wait_s()):
             if (events := self._engine_or_fail().step()) and not self._channel.send(events):

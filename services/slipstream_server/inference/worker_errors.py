@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-
-from slipstream_server.errors import InternalError, InvalidRequest, SlipstreamError
+from slipstream_server.errors import FieldViolation, InternalError, SlipstreamError
 
 
 def _by_reason() -> dict[str, type[SlipstreamError]]:
@@ -21,13 +19,9 @@ def _by_reason() -> dict[str, type[SlipstreamError]]:
 
 
 _CLASSES = _by_reason()
-_FIELD = re.compile(r"([a-z_]+(?:[.\[][a-z0-9_.\[\]]+)?): ")
 
 
-def error_of(reason: str, message: str, *, retry_after_s: float | None = None) -> SlipstreamError:
-    """The exception for a reason; InternalError for one that nobody knows."""
-    error_class = _CLASSES.get(reason, InternalError)
-    field = _FIELD.match(message)
-    if field is not None and issubclass(error_class, InvalidRequest):
-        return error_class.of(field[1], message[field.end() :])
-    return error_class(message, retry_after_s=retry_after_s)
+def error_of(reason: str, message: str, field: str = "") -> SlipstreamError:
+    """The exception for a reason, and for the field at fault; InternalError for a reason that nobody knows."""
+    violations = [FieldViolation(field, message.removeprefix(f"{field}: "))] if field else []
+    return _CLASSES.get(reason, InternalError)(message, violations=violations)

@@ -20,9 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS, BlockPool
-from slipstream_server.inference.engine.scheduler import has_expired
 from slipstream_server.inference.engine.sequences import Sequence, blocks_for
-from slipstream_server.inference.generation import GenerationRequest
 
 PRIORITY_S = 10.0
 _MOST_PROMPT_LOGITS = 128
@@ -107,10 +105,6 @@ class ContinuousScheduler:
         self.num_prefix_hits = 0
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
-    @property
     def num_running(self) -> int:
         return len(self._running)
 
@@ -133,16 +127,6 @@ class ContinuousScheduler:
             self._give_back(sequence)
         else:
             self._waiting.remove(sequence)
-
-    def expired(self, now_s: float) -> list[GenerationRequest]:
-        """Requests whose deadline has passed, each once."""
-        requests = {s.row.request.id: s.row.request for s in self if has_expired(s.row.request, now_s)}
-        return list(requests.values())
-
-    def next_deadline_s(self) -> float | None:
-        """The earliest deadline of all."""
-        deadlines = (sequence.row.request.deadline_monotonic_s for sequence in self)
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def plan(self, draft: Callable[[Sequence], tuple[int, ...]] = _no_drafts) -> Plan:
         """The next step; empty where nobody has anything to do. ``draft`` guesses a decoding sequence's next tokens."""

@@ -6,10 +6,8 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from google.rpc import status_pb2
-
 from slipstream.inference.v1 import tasks_pb2
-from slipstream_server.errors import FieldViolation, SlipstreamError
+from slipstream_server.errors import SlipstreamError
 from slipstream_server.inference.task_runs import TaskOutcome
 from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.rpc.inference.convert import finish_reason
@@ -27,15 +25,9 @@ def task_result(outcome: TaskOutcome) -> tasks_pb2.TaskResult:
     if isinstance(outcome, SlipstreamError):
         return tasks_pb2.TaskResult(error=status_of(outcome))
     if isinstance(outcome, items.ItemError):
-        return tasks_pb2.TaskResult(error=_item_status(outcome))
+        return tasks_pb2.TaskResult(error=status_of(error_of(outcome.reason, outcome.message, outcome.field)))
     kind, message = RESULT_WRITERS[type(outcome)](outcome)
     return tasks_pb2.TaskResult(**{kind: message})
-
-
-def _item_status(error: items.ItemError) -> status_pb2.Status:
-    description = error.message.removeprefix(f"{error.field}: ")
-    violations = [FieldViolation(error.field, description)] if error.field else []
-    return status_of(type(error_of(error.reason, ""))(error.message, violations=violations))
 
 
 def _labels(labels: list[items.LabelScore]) -> list[tasks_pb2.LabelScore]:
