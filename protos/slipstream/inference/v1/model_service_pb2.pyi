@@ -312,7 +312,7 @@ class ModelLoadOptions(_message.Message):
     BATCH_INVARIANT_FIELD_NUMBER: _builtins.int
     DOUBLE_QUANTIZATION_FIELD_NUMBER: _builtins.int
     data_type: _precision_pb2.DataType.ValueType
-    """Type of the weights in memory."""
+    """Type of the weights in memory: float32, bfloat16 or float16; float64 is UNSUPPORTED_FIELD."""
     quantization: _precision_pb2.Quantization.ValueType
     """Compression of the weights in memory. UNSUPPORTED_FIELD where the device or the build cannot."""
     device: _builtins.str
@@ -326,21 +326,29 @@ class ModelLoadOptions(_message.Message):
     context_tokens: _builtins.int
     """Longest prompt and answer together, in tokens: 1 to the configuration's own, which is the default. Less takes less memory."""
     max_running_sequences: _builtins.int
-    """Sequences that run at once, 1 to 1024. Default: what the memory share holds, at most 256 on an accelerator and 48 on a CPU."""
+    """Sequences that run at once, 1 to 1024. Default: the service's own --max-batch-size; where that is unset, 64 in a continuous batch
+    and 16 in a padded one.
+    """
     memory_fraction: _builtins.float
     """Share of the device's memory that weights and KV cache may take together, above 0 up to 1. Default: the service's own
     --memory-fraction.
     """
     adapter_slot_count: _builtins.int
-    """Adapters that can share a batch, 0 to 256. 0 switches adapters off. Default 8 for models that can have adapters."""
+    """Adapters that can share a batch, 0 to 256. 0 switches adapters off. Default: the service's own --adapter-slots, 8 unless set."""
     max_adapter_rank: _builtins.int
-    """Largest rank of an adapter, 1 to 1024: higher ones are FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER). Default 64."""
+    """Largest rank of an adapter, 1 to 1024: higher ones are FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER). Default: the service's own
+    --max-adapter-rank, 64 unless set.
+    """
     tensor_parallel_count: _builtins.int
-    """Workers that share one model by tensor parallelism, 1 to the accelerators of the machine. Default 1."""
+    """Workers that share one model by tensor parallelism, 1 to 1024. Default 1; more is UNSUPPORTED_FIELD in this build."""
     prefix_caching: _builtins.bool
-    """Keep prefixes of prompts in the KV cache for later requests. Default true."""
+    """Keep prefixes of prompts in the KV cache for later requests. Default: the service's own --prefix-caching, on unless set. True is
+    UNSUPPORTED_FIELD for a model whose batches are padded.
+    """
     batch_invariant: _builtins.bool
-    """Whether results are the same in the last bit whatever shares the batch; slower. Default false."""
+    """Whether results are the same in the last bit whatever shares the batch; slower. Default false; true is UNSUPPORTED_FIELD in this
+    build.
+    """
     double_quantization: _builtins.bool
     """Compress the scales of 4-bit weights as well (as QLoRA does): about 0.4 bits a weight less. Only with NF4 and FP4. Default false."""
     def __init__(
@@ -1224,7 +1232,7 @@ class ModelRecommendation(_message.Message):
 
     @_builtins.property
     def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Why it stands where it stands: "largest that fits", "already on this machine"."""
+        """Why it stands where it stands: "best of what fits", "already on this machine"."""
 
     def __init__(
         self,

@@ -119,9 +119,10 @@ class ModelServiceServicer:
         On several replicas every one of them follows (Model.replica_statuses). Loading what is loaded with the same options changes
         nothing and answers with the model as it is.
 
-        Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, FAILED_PRECONDITION
-        (WRONG_STATE where it is loaded with other options, UNSAFE_WEIGHTS), RESOURCE_EXHAUSTED (OUT_OF_MEMORY where the estimate
-        exceeds what is left; the numbers are in the metadata).
+        Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, ALREADY_EXISTS
+        (ALREADY_EXISTS where the name is another source's, REQUEST_ID_REUSED), FAILED_PRECONDITION (WRONG_STATE where it is loaded with
+        other options, UNSAFE_WEIGHTS, CORRUPT_ARTIFACT), RESOURCE_EXHAUSTED (OUT_OF_MEMORY where the estimate exceeds what is left; the
+        numbers are in the metadata).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,7 +132,8 @@ class ModelServiceServicer:
         """Stops a model's workers and frees their memory; the model stays known and on disk. Requests that run get the grace to finish,
         new ones fail with UNAVAILABLE (MODEL_NOT_READY).
 
-        Errors: NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is pinned and `force` is off), ABORTED (STALE_ETAG).
+        Errors: INVALID_ARGUMENT for a grace out of range, NOT_FOUND (MODEL_NOT_FOUND), FAILED_PRECONDITION (WRONG_STATE where it is pinned
+        and `force` is off), ABORTED (STALE_ETAG).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,8 +162,10 @@ class ModelServiceServicer:
         """Makes a new, freshly initialised model from a configuration with overrides (AutoConfig, from_config) and stores it. The answer
         is a Model in STATE_CREATING, in the end STATE_UNLOADED.
 
-        Errors: INVALID_ARGUMENT for a configuration or override that the architecture does not know, ALREADY_EXISTS, FAILED_PRECONDITION
-        (UNSAFE_WEIGHTS where the configuration asks for remote code), RESOURCE_EXHAUSTED (STORAGE_FULL).
+        Errors: INVALID_ARGUMENT for a configuration or override that the architecture does not know, NOT_FOUND for a source that does not
+        exist, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED), FAILED_PRECONDITION (UNSAFE_WEIGHTS where the configuration asks for
+        remote code), RESOURCE_EXHAUSTED (STORAGE_FULL, OUT_OF_MEMORY, QUEUE_FULL where too many wait to be made), UNAVAILABLE
+        (DEPENDENCY_UNAVAILABLE where the configuration has to come from a hub that does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,8 +175,10 @@ class ModelServiceServicer:
         """Streams a model's files (save_pretrained of model and tokenizer, safetensors), optionally with an adapter merged into the
         weights: progress while they are made, then the list of files, then their bytes.
 
-        Errors: NOT_FOUND (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND), FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER,
-        WRONG_STATE), RESOURCE_EXHAUSTED (STORAGE_FULL, OUT_OF_MEMORY, SLOW_READER).
+        Errors: INVALID_ARGUMENT for a bad name, type or shard size (UNSUPPORTED_FIELD for an adapter or a type where the stored weights
+        are quantized), NOT_FOUND (MODEL_NOT_FOUND, ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND), FAILED_PRECONDITION
+        (INCOMPATIBLE_ADAPTER, WRONG_STATE, CORRUPT_ARTIFACT), RESOURCE_EXHAUSTED (STORAGE_FULL, OUT_OF_MEMORY, SLOW_READER, QUEUE_FULL
+        where too many exports wait).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
