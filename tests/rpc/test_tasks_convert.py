@@ -147,7 +147,8 @@ _SPELLED: dict[type, Any] = {
     items.DecisionInput: lambda item: {
         "state": item.state,
         "questions": [
-            {"name": question.name, "instructions": question.instructions, "type": 3} for question in item.questions
+            {"name": question.name, "instructions": question.instructions, "type": "yes_no"}
+            for question in item.questions
         ],
         "assets": {name: _image(data) for name, data in item.assets.items()},
     },

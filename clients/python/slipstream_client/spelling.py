@@ -1,12 +1,14 @@
 """Mappings of plain values to protobuf messages, under the contract's own names.
 
-Enums are given as their words ("cosine"), durations in seconds, messages as mappings; None means unset. A name that
-the message does not have, or a value that does not fit, is refused by its path.
+Enums are given as their words ("cosine"), durations in seconds, messages as mappings, bytes as such or in base64, as
+JSON has them; None means unset. A name that the message does not have, or a value that does not fit, is refused by its
+path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from google.protobuf import struct_pb2
@@ -31,15 +33,43 @@ def message_of(kind: type[Proto], path: str, values: Mapping[str, Any]) -> Proto
         if name not in known:
             raise InvalidRequestError.of(place, f"there is no such field; known: {', '.join(sorted(known))}")
         descriptor = known[name]
-        if descriptor.message_type is not None and not descriptor.is_repeated:
-            inner = getattr(message, name)
-            inner.SetInParent()
-            inner.MergeFrom(_inner(type(inner), place, value))
+        if descriptor.message_type is not None:
+            _fill(message, descriptor, place, value)
         elif descriptor.enum_type is not None:
             setattr(message, name, number_of(descriptor.enum_type, place, value))
         else:
-            message.MergeFrom(filled(kind, path, {name: _listed(descriptor, place, value)}))
+            message.MergeFrom(filled(kind, path, {name: _scalar(descriptor, place, value)}))
     return message
+
+
+def _fill(message: Message, descriptor: Any, path: str, value: Any) -> None:
+    """One field of messages: a single one, a list of them, or a mapping to them."""
+    field: Any = getattr(message, descriptor.name)
+    if not descriptor.is_repeated:
+        field.SetInParent()
+        field.MergeFrom(_inner(type(field), path, value))
+    elif descriptor.message_type.GetOptions().map_entry:
+        _fill_map(message, descriptor, path, value)
+    elif isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+        raise InvalidRequestError.of(path, f"{value!r} is no list")
+    else:
+        for place, item in enumerate(value):
+            one = field.add()
+            one.MergeFrom(_inner(type(one), f"{path}[{place}]", item))
+
+
+def _fill_map(message: Message, descriptor: Any, path: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError.of(path, f"{value!r} is not a mapping")
+    if descriptor.message_type.fields_by_name["value"].message_type is None:
+        message.MergeFrom(filled(type(message), path.rpartition(".")[0], {descriptor.name: value}))
+        return
+    field: Any = getattr(message, descriptor.name)
+    for key, item in value.items():
+        place = f"{path}.{key}"
+        if not isinstance(key, str):
+            raise InvalidRequestError.of(place, "is no text")
+        field[key].MergeFrom(_inner(type(field[key]), place, item))
 
 
 def _inner(kind: type[Message], path: str, value: Any) -> Message:
@@ -70,11 +100,18 @@ def _duration(path: str, value: Any) -> Duration:
     return duration
 
 
-def _listed(descriptor: Any, path: str, value: Any) -> Any:
-    """A single text for a list of texts is a mistake that would be sent as a list of letters."""
-    if descriptor.is_repeated and isinstance(value, str):
+def _scalar(descriptor: Any, path: str, value: Any) -> Any:
+    """A text for a list of texts is a mistake that would be sent as a list of letters; for bytes it is base64."""
+    if not isinstance(value, str):
+        return value
+    if descriptor.is_repeated:
         raise InvalidRequestError.of(path, f"{value!r} is one text; a list is needed")
-    return value
+    if descriptor.type != descriptor.TYPE_BYTES:
+        return value
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError:
+        raise InvalidRequestError.of(path, "is neither bytes nor base64") from None
 
 
 def number_of(enum: Any, path: str, word: Any) -> Any:

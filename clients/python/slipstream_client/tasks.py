@@ -31,7 +31,7 @@ from slipstream_client.task_results import (
 
 TaskInput = str | Mapping[str, Any] | tasks_pb2.TaskInput
 """An input: a text; a mapping from one kind to its value, as ``{"question_answering": {"question": ..., "context":
-...}}`` or ``{"image": data}``; or the message itself."""
+...}}`` or ``{"image": data}``, the data as bytes or in base64; or the message itself."""
 
 _BYTES_KINDS = frozenset({"image", "audio", "video"})
 _INPUTS_PER_MESSAGE = 32
@@ -152,7 +152,7 @@ def input_message(given: TaskInput, path: str) -> tasks_pb2.TaskInput:
     if len(given) != 1:
         raise InvalidRequestError.of(path, "is neither a text nor a mapping from one kind to its value")
     ((kind, value),) = given.items()
-    if kind in _BYTES_KINDS and isinstance(value, bytes):
+    if kind in _BYTES_KINDS and isinstance(value, bytes | str):
         value = {"data": value}
     if isinstance(value, Mapping):  # a picture or sound inside may be given as bytes, too
         value = {name: {"data": item} if isinstance(item, bytes) and name != "data" else item

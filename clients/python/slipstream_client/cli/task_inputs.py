@@ -34,7 +34,9 @@ def is_lines(path: Path | None) -> bool:
 
 
 def lines_of(path: Path) -> Iterator[Any]:
-    """The inputs of a file: each line of a .txt one text, else JSON, a text or an object with one kind."""
+    """The inputs of a file: each line of a .txt one text, else JSON, a text or an object with one kind; pictures and
+    sounds in base64.
+    """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if len(line) > MAX_LINE_CHARACTERS:
