@@ -118,6 +118,7 @@ def write(
 @_compiled(parallel=True)
 def attend(
     queries_NHD: Any,
+    tokens_T: Any,
     rows_N: Any,
     positions_N: Any,
     tables_SB: Any,
@@ -129,19 +130,20 @@ def attend(
     lanes: int,
     outputs_NHD: Any,
 ) -> None:
-    """Each token attends to its own sequence up to itself: to the last ``window`` tokens of it, where that is not 0.
+    """The tokens numbered in ``tokens_T`` attend, each to its own sequence up to itself: to the last ``window`` tokens
+    of it, where that is not 0. The outputs of all others stay as they are.
 
     ``softcap`` 0: none. ``scale`` and ``softcap`` are of the arrays' dtype. ``lanes``: threads to share the work.
     """
-    num_tokens, num_query_heads, size = queries_NHD.shape
+    _, num_query_heads, size = queries_NHD.shape
     num_heads = keys_BKDL.shape[1]
     group = num_query_heads // num_heads
     most_blocks = tables_SB.shape[1]
     for lane in prange(lanes):
         weights_GT = np.empty((group, most_blocks * _L), queries_NHD.dtype)
         # Lanes take turns: long and short sequences, and the tokens of a prompt, stand in no order that is fair.
-        for item in range(lane, num_tokens * num_heads, lanes):
-            n, h = item // num_heads, item % num_heads
+        for item in range(lane, len(tokens_T) * num_heads, lanes):
+            n, h = tokens_T[item // num_heads], item % num_heads
             table_B = tables_SB[rows_N[n]]
             end = positions_N[n] + 1
             begin = max(0, end - window) if window > 0 else 0

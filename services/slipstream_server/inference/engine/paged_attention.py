@@ -28,6 +28,10 @@ ATTENTION = "slipstream_paged"
 
 _SEAT = "slipstream_kv"
 
+# From so many tokens of one sequence on, its blocks are gathered and attended to in tiles, each read once for many
+# tokens: 256 tokens behind 1,000 take 7 ms instead of 31. Below, blocks are read in place.
+_TILED_FROM_TOKENS = 12
+
 
 class UnsupportedAttention(Exception):
     """The model's attention wants something that reading from blocks does not do."""
@@ -79,6 +83,25 @@ class KVMemory(Protocol):
         """
 
 
+class _Span:
+    """The step's tokens of one sequence, where they stand among all; they see its tokens before position ``end``."""
+
+    def __init__(self, layout: Layout, row: int) -> None:
+        self.tokens = slice(layout.starts[row], layout.starts[row + 1])
+        self.end = int(layout.positions_N[self.tokens.stop - 1]) + 1
+        self.blocks = layout.tables_SB[row, : -(-self.end // BLOCK_TOKENS)].astype(np.int64)
+        self._masks: dict[int, torch.Tensor] = {}
+
+    def mask(self, window: int, dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores ``[tokens, end]``: 0 where a token sees another, else less than any number."""
+        if window not in self._masks:
+            num_tokens = self.tokens.stop - self.tokens.start
+            allowed = _allowed(num_tokens, self.end, window, torch.device("cpu"))
+            zeros = torch.zeros((num_tokens, self.end), dtype=dtype)
+            self._masks[window] = zeros if allowed is None else zeros.masked_fill_(~allowed, -torch.inf)
+        return self._masks[window]
+
+
 class CpuMemory:
     """Blocks in main memory, in float32 (float64 for models of that)."""
 
@@ -99,6 +122,10 @@ class CpuMemory:
 
     def lay_out(self, layout: Layout) -> None:
         self._layout = layout
+        counts_S = np.diff(layout.starts)
+        self._all_tokens = np.arange(len(layout.rows_N))
+        self._few_tokens = np.flatnonzero(counts_S[layout.rows_N] < _TILED_FROM_TOKENS)
+        self._spans = [_Span(layout, int(row)) for row in np.flatnonzero(counts_S >= _TILED_FROM_TOKENS)]
 
     def attend(
         self,
@@ -118,17 +145,36 @@ class CpuMemory:
         queries_NHD = self._by_token(queries)
         self._kernels.write(self._by_token(keys).numpy(), self._by_token(values).numpy(), *places, *pools)
         outputs_NHD = torch.empty_like(queries_NHD)
-        self._kernels.attend(
-            queries_NHD.numpy(),
-            *places,
-            *pools,
-            self._scalar(scale),
-            window,
-            self._scalar(softcap),
-            torch.get_num_threads(),
-            outputs_NHD.numpy(),
-        )
+        tokens, spans = (self._all_tokens, []) if softcap else (self._few_tokens, self._spans)
+        if len(tokens):
+            self._kernels.attend(
+                queries_NHD.numpy(),
+                tokens,
+                *places,
+                *pools,
+                self._scalar(scale),
+                window,
+                self._scalar(softcap),
+                torch.get_num_threads(),
+                outputs_NHD.numpy(),
+            )
+        for span in spans:
+            outputs_NHD[span.tokens] = self._attend_tiled(layer, span, queries_NHD[span.tokens], scale, window)
         return outputs_NHD.to(queries.dtype)[None]
+
+    def _attend_tiled(
+        self, layer: int, span: _Span, queries_THD: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        """Outputs ``[T, H, D]`` of a prompt's tokens."""
+        blocks = torch.from_numpy(span.blocks)
+        keys_BKDL = torch.from_numpy(self._keys[layer]).index_select(0, blocks)
+        values_BKLD = torch.from_numpy(self._values[layer]).index_select(0, blocks)
+        # What lies behind the sequence's end may be anything, and is cut off.
+        keys_KTD = keys_BKDL.permute(1, 0, 3, 2).flatten(1, 2)[:, : span.end]
+        values_KTD = values_BKLD.transpose(0, 1).flatten(1, 2)[:, : span.end]
+        mask_TT = span.mask(window, self._dtype)
+        outputs_HTD = _attention(queries_THD.transpose(0, 1), keys_KTD, values_KTD, mask_TT, scale, 0)
+        return outputs_HTD.transpose(0, 1)
 
     def _by_token(self, states: torch.Tensor) -> torch.Tensor:
         return states[0].transpose(0, 1).to(self._dtype).contiguous()
