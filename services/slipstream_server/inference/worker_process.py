@@ -39,9 +39,17 @@ _STREAM_BUFFER_BYTES = 1024 * 1024
 _STDERR = 2
 # What a worker loads lies in a prepared folder: it has no business with a hub.
 _OFFLINE = {"HF_HUB_OFFLINE": "1"}
-# Threads that spin for long are 4 to 10 times slower where others want the same cores; those that never do lose a
-# quarter of a quiet machine's speed to waking up. Some tens of microseconds are best on two quiet cores.
-_UNLESS_SET = {"GOMP_SPINCOUNT": "30000"}
+# What a worker's environment says where the operator's does not.
+UNLESS_SET = {
+    # Threads that spin for long are 4 to 10 times slower where others want the same cores; those that never do lose a
+    # quarter of a quiet machine's speed to waking up. Some tens of microseconds are best on two quiet cores.
+    "GOMP_SPINCOUNT": "30000",
+    # For every weight's shape and every number of rows a product is compiled anew and kept, by oneDNN and by torch's
+    # layer above it, 1,024 of them each: steps of all sizes grow a worker by 0.6 to 0.9 MiB apiece, to a gigabyte.
+    # 128 hold a decoder's five shapes for the last 25 numbers of rows; what is not there costs a step 1 ms a shape.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+    "LRU_CACHE_CAPACITY": "128",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +122,7 @@ async def spawn_worker(launch: WorkerLaunch) -> AsyncIterator[WorkerProcess]:
                 *launch.command(directory / "worker.sock"),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=_STDERR,  # stdout belongs to the command that started us
-                env={**_UNLESS_SET, **os.environ, **_OFFLINE, **launch.environment},
+                env={**UNLESS_SET, **os.environ, **_OFFLINE, **launch.environment},
                 start_new_session=True,
             )
             try:

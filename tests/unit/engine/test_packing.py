@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from slipstream_server.inference.engine import packing
 from slipstream_server.inference.engine.packing import PackedLinear, pack_linears
+from slipstream_server.inference.worker_process import UNLESS_SET
 
 
 def float32_model() -> LlamaForCausalLM:
@@ -73,3 +77,38 @@ def test_missing_operators_leave_the_model_alone(
     monkeypatch.setattr(packing, "_checked", missing)
     assert pack_linears(float32_model()) == 0
     assert "stay unpacked" in caplog.text
+
+
+STEPS_OF_ALL_SIZES = """
+import torch
+from torch import nn
+from slipstream_server.inference.engine.packing import PackedLinear
+
+def own_mib():
+    lines = (line.split() for line in open("/proc/self/status"))
+    return sum(int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmSwap:")) / 1024
+
+torch.set_num_threads(1)
+with torch.inference_mode():
+    layers = [PackedLinear.of(nn.Linear(size, 64)) for size in (64, 128, 192, 256)]
+    before = own_mib()
+    for rows in range(1, 257):
+        for layer in layers:
+            layer(torch.zeros(rows, layer.in_features))
+print(own_mib() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_steps_of_all_sizes_do_not_grow_a_worker() -> None:
+    """With what a worker's environment says of the caches of compiled products, and with the libraries' own sizes."""
+    kept = {name: value for name, value in os.environ.items() if name not in UNLESS_SET}
+
+    def mib(environment: dict[str, str]) -> float:
+        command = [sys.executable, "-c", STEPS_OF_ALL_SIZES]
+        done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=240, check=True)
+        return float(done.stdout)
+
+    bounded, unbounded = mib(UNLESS_SET), mib({})
+    assert bounded < 120 < unbounded, "products are kept otherwise than the bound was made for"

@@ -151,22 +151,21 @@ async def test_closing_leaves_no_process_task_or_descriptor(
     await assert_eventually(lambda: len(os.listdir("/proc/self/fd")) <= len(descriptors))
 
 
-@pytest.mark.parametrize(("operators", "expected"), [(None, "30000"), ("7", "7")])
-async def test_workers_spin_briefly_unless_told_otherwise_and_ask_no_hub(
-    open_front: OpenFront,
-    assert_eventually: Eventually,
-    monkeypatch: pytest.MonkeyPatch,
-    operators: str | None,
-    expected: str,
+@pytest.mark.parametrize("operators", [None, "7"])
+async def test_workers_spin_briefly_and_keep_few_products_unless_told_otherwise_and_ask_no_hub(
+    open_front: OpenFront, assert_eventually: Eventually, monkeypatch: pytest.MonkeyPatch, operators: str | None
 ) -> None:
+    expected = {"GOMP_SPINCOUNT": "30000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    if operators is not None:
-        monkeypatch.setenv("GOMP_SPINCOUNT", operators)
+    for name in expected:
+        monkeypatch.delenv(name, raising=False)
+        if operators is not None:
+            monkeypatch.setenv(name, operators)
     async with open_front() as fake:
         await ready(fake, assert_eventually)
         environment = psutil.Process(fake.pids()[0]).environ()
-    assert (environment["GOMP_SPINCOUNT"], environment["HF_HUB_OFFLINE"]) == (expected, "1")
+    assert {name: environment[name] for name in expected} == {name: operators or expected[name] for name in expected}
+    assert environment["HF_HUB_OFFLINE"] == "1"
 
 
 async def test_many_restarts_leak_nothing(open_front: OpenFront, assert_eventually: Eventually) -> None:

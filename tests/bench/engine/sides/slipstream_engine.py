@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as the service sets it for its workers
+from slipstream_server.inference.worker_process import UNLESS_SET
+
+os.environ.update({**UNLESS_SET, **os.environ})  # as the service does for its workers; before torch is imported
 
 import msgspec
 from tests.bench.engine.requests import Answer, Request
