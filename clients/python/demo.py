@@ -244,9 +244,10 @@ async def show_batching(client: SlipstreamClient, metrics_port: int) -> None:
             tokens = sum(await run())
         elapsed_s = time.perf_counter() - start_s
         await asyncio.sleep(0.5)  # the worker tells its totals four times a second
-        steps, rows = (await _engine_totals(metrics_port))[0] - steps, (await _engine_totals(metrics_port))[1] - rows
+        steps_now, rows_now = await _engine_totals(metrics_port)
         rates[name] = tokens / elapsed_s
-        table.add_row(name, f"{rows / max(steps, 1):.1f}", str(tokens), f"{elapsed_s:.1f}", f"{rates[name]:.0f}")
+        batch_size = (rows_now - rows) / max(steps_now - steps, 1)
+        table.add_row(name, f"{batch_size:.1f}", str(tokens), f"{elapsed_s:.1f}", f"{rates[name]:.0f}")
     console.print(table)
     alone, together = rates.values()
     console.print(f"batching: [bold]{together / alone:.1f} times[/] the throughput of one at a time")
@@ -257,12 +258,8 @@ async def show_loop(client: SlipstreamClient, slipstream: Sequence[str], base_po
     behaviour = json.loads((EXAMPLES / "behaviour.json").read_text())
     recipe = behaviour["training"]["hyperparameters"]
     train = ["train", str(EXAMPLES / behaviour["train_file"]), "--base", MODEL, "--adapter", ADAPTER]
-    train += [
-        "--rank",
-        str(behaviour["training"]["adapter"]["rank"]),
-        "--batch-size",
-        str(recipe["batch_size_per_device"]),
-    ]
+    rank, batch_size = behaviour["training"]["adapter"]["rank"], recipe["batch_size_per_device"]
+    train += ["--rank", str(rank), "--batch-size", str(batch_size)]
     train += ["--learning-rate", str(recipe["learning_rate"]), "--max-length", str(recipe["max_length"])]
     train += ["--scheduler", recipe["scheduler"], "--warmup", str(recipe["warmup_ratio"])]
     server_pid = _inference_pid(base_port)

@@ -36,7 +36,7 @@ from slipstream_server.inference.supervisor import RestartPolicy
 from slipstream_server.inference.tables import SCHEMA
 from slipstream_server.models.hub import HubAccess
 from slipstream_server.models.sources import SourceOptions
-from slipstream_server.rpc.inference.model_rooms import ModelPlaces, model_rooms
+from slipstream_server.rpc.inference.model_rooms import ModelFolders, model_rooms
 from slipstream_server.rpc.inference.models import ModelServicer
 from slipstream_server.rpc.inference.servicer import InferenceServicer
 from slipstream_server.rpc.server import Mount, open_server
@@ -133,7 +133,7 @@ async def model_service(
     fetcher = ModelFetcher(options, roots=(root,), own_root=data / "own")
     serving = defaults or ServingDefaults(batching="null", threads=1)
     loads = ModelLoads(front, library, fetcher, room, serving)
-    places = ModelPlaces(options=options, roots=(root,), own_root=data / "own", exports=data / "exports")
+    places = ModelFolders(options=options, roots=(root,), own_root=data / "own", exports=data / "exports")
     rooms = model_rooms(front, library, room, places, serving, resolve_adapter)
     mounts = [
         Mount(model_grpc.add_ModelServiceServicer_to_server, ModelServicer(front, loads, rooms)),

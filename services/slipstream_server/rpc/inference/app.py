@@ -33,7 +33,7 @@ from slipstream_server.models.devices import device_memory
 from slipstream_server.models.sources import SourceOptions
 from slipstream_server.resource_names import check_id
 from slipstream_server.rpc.inference.adapters import FrontAdapters, front_adapters, known_as, registry_peer
-from slipstream_server.rpc.inference.model_rooms import ModelPlaces, ModelRooms, model_rooms
+from slipstream_server.rpc.inference.model_rooms import ModelFolders, ModelRooms, model_rooms
 from slipstream_server.rpc.inference.models import ModelServicer
 from slipstream_server.rpc.inference.reservation import budget_bytes, reserving
 from slipstream_server.rpc.inference.servicer import InferenceServicer
@@ -117,7 +117,7 @@ async def _loads(settings: Settings, front: InferenceFront, library: Library) ->
 async def _rooms(
     settings: Settings, front: InferenceFront, loads: ModelLoads, adapters: FrontAdapters | None
 ) -> ModelRooms:
-    places = ModelPlaces(
+    places = ModelFolders(
         options=SourceOptions(),
         roots=settings.inference.model_roots,
         own_root=_own_root(settings),

@@ -31,7 +31,8 @@ from slipstream_server.storage.request_records import RequestKey
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_PROGRESS_EVERY_S = 0.5
+PROGRESS_EVERY_S = 0.5
+"""How often the contract allows progress alone to be news."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,7 @@ class _Latest:
             await self._changed.wait()
             self._changed.clear()
             progress = self._progress
-            if progress is not None and (progress.stage != stage or loop.time() - last_s >= _PROGRESS_EVERY_S):
+            if progress is not None and (progress.stage != stage or loop.time() - last_s >= PROGRESS_EVERY_S):
                 stage, last_s = progress.stage, loop.time()
                 yield progress
 

@@ -19,7 +19,7 @@ from slipstream_server.rpc.inference.model_making import MakingRooms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelPlaces:
+class ModelFolders:
     """Where models may come from and go: ``roots`` are the operator's, ``own_root`` has what the service makes, and
     ``exports`` what it writes anew for as long as it is read.
     """
@@ -46,7 +46,7 @@ def model_rooms(
     front: InferenceFront,
     library: Library,
     room: DeviceRoom,
-    places: ModelPlaces,
+    places: ModelFolders,
     defaults: ServingDefaults,
     resolve_adapter: AdapterResolver | None = None,
 ) -> ModelRooms:

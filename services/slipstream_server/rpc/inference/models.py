@@ -24,7 +24,7 @@ from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference.convert import model_id
 from slipstream_server.rpc.inference.model_advice import ModelAdvice
 from slipstream_server.rpc.inference.model_convert import grace_s, load_wish, model_message, required_model_id
-from slipstream_server.rpc.inference.model_making import ModelMaking, request_key
+from slipstream_server.rpc.inference.model_making import PROGRESS_EVERY_S, ModelMaking, request_key
 from slipstream_server.rpc.inference.model_rooms import ModelRooms
 from slipstream_server.rpc.request_context import caller
 from slipstream_server.storage.pages import PageRequest, encode_token
@@ -32,8 +32,6 @@ from slipstream_server.tasks.registry import find_task
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Model = model_service_pb2.Model
-
-_PROGRESS_EVERY_S = 0.5
 
 
 class ModelServicer(ModelMaking, ModelAdvice, model_grpc.ModelServiceServicer):
@@ -125,7 +123,7 @@ class _Shown:
         for name, model in models.items():
             before = self._models.get(name)
             is_news = before is None or _without_progress(before) != _without_progress(model)
-            is_due = now_s - self._times_s.get(name, 0.0) >= _PROGRESS_EVERY_S
+            is_due = now_s - self._times_s.get(name, 0.0) >= PROGRESS_EVERY_S
             if is_news or (before is not None and before.progress != model.progress and is_due):
                 self._models[name], self._times_s[name] = model, now_s
                 found.append(model)
