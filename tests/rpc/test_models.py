@@ -10,6 +10,7 @@ import pytest
 from tests.rpc.models_kit import (
     MODEL,
     ModelService,
+    edit_config,
     error_info,
     folder,
     generate,
@@ -19,6 +20,7 @@ from tests.rpc.models_kit import (
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream_server.inference.library import NewModel
+from slipstream_server.inference.plans import ServingDefaults
 
 Eventually = Callable[..., Awaitable[None]]
 OPTIONS = pb2.ModelLoadOptions(max_running_sequences=3, context_tokens=64, adapter_slot_count=2)
@@ -233,6 +235,33 @@ async def test_validating_changes_nothing_and_tells_the_size(tmp_path: Path) -> 
         would_be = await service.load("tiny", options=OPTIONS, validate_only=True)
         assert (would_be.memory_bytes, would_be.load_options, would_be.state) == (40, OPTIONS, MODEL.STATE_UNLOADED)
         assert await service.states() == {}
+
+
+async def test_weights_that_lie_elsewhere_are_refused_before_anything_is_registered(tmp_path: Path) -> None:
+    async with model_service(tmp_path) as service:
+        elsewhere = folder(tmp_path, "elsewhere")
+        linked = folder(service.root, "linked")
+        (linked / "model.safetensors").unlink()
+        (linked / "model.safetensors").symlink_to(elsewhere / "model.safetensors")
+        for validate_only in (True, False):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await service.load("linked", validate_only=validate_only)
+            assert error_info(refused.value)[0] == "PERMISSION_DENIED"
+        assert await service.states() == {}
+
+
+@pytest.mark.slow
+async def test_weights_that_do_not_fit_are_refused_by_validating_and_by_loading(tmp_path: Path) -> None:
+    """With an engine that would load them: validating builds the model on no device."""
+    async with model_service(tmp_path, defaults=ServingDefaults(threads=1)) as service:
+        edit_config(folder(service.root, "other-shape"), intermediate_size=100)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await service.load("other-shape", validate_only=True)
+        assert error_info(refused.value) == ("FAILED_PRECONDITION", "MODEL_LOAD_FAILED")
+        assert "has another shape" in str(refused.value.details())
+        await service.load("other-shape")
+        failed = await service.reached("other-shape", MODEL.STATE_FAILED)
+        assert failed.error.message == refused.value.details()
 
 
 async def test_a_watch_tells_everything_then_changes_then_deletions(tmp_path: Path) -> None:

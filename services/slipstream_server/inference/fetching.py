@@ -23,7 +23,7 @@ from slipstream_server.models.folder import check_model_folder
 from slipstream_server.models.model_card import licence_of
 from slipstream_server.models.priority import lower_thread
 from slipstream_server.models.progress import PullProgress
-from slipstream_server.models.sources import PreparedModel, SourceOptions, resolve
+from slipstream_server.models.sources import PreparedModel, SourceOptions, require_files_below, resolve
 
 _MAX_FETCHES = 2
 
@@ -72,7 +72,7 @@ class ModelFetcher:
     async def at_hand(self, model: NewModel) -> tuple[PreparedModel, ModelFiles] | None:
         """As ``fetch``, from what is on this machine and prepared already; None where that is nothing.
 
-        Raises UnsafeWeights or CorruptArtifact for a folder that could never be loaded.
+        Raises UnsafeWeights, CorruptArtifact or PermissionDenied for a folder that could never be loaded.
         """
         return await asyncio.to_thread(self._at_hand, model)
 
@@ -92,7 +92,10 @@ class ModelFetcher:
         return replace(self._options, allowed_roots=None if record.by_operator else self.roots)
 
     def _at_hand(self, model: NewModel) -> tuple[PreparedModel, ModelFiles] | None:
-        folder = check_local_folder(model.locator) or self._known_folder(model)
+        folder = check_local_folder(model.locator)
+        if folder is not None and (roots := self._rules(model).allowed_roots) is not None:
+            require_files_below(folder, roots)
+        folder = folder or self._known_folder(model)
         if folder is None or not check_model_folder(folder).is_prepared:
             return None
         prepared = PreparedModel(name=model.id, folder=folder, source=model.source, revision=model.revision)

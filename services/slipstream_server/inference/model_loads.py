@@ -35,11 +35,13 @@ from slipstream_server.inference.plans import ServingDefaults, plan_of
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.models.progress import PullProgress
+from slipstream_server.models.tool_process import run_tool
 from slipstream_server.storage.request_records import RequestKey
 
 log = logging.getLogger(__name__)
 
 _PURGE_EVERY_S = 3600.0
+_FIT_TIMEOUT_S = 120.0
 _IN_MEMORY = frozenset({ModelState.LOADING, ModelState.READY, ModelState.RESTARTING})
 _AT_REST = frozenset({ModelState.UNLOADED, ModelState.FAILED})
 # What is said to those who delete a model that is under way to a state in which it can be deleted.
@@ -146,7 +148,7 @@ class ModelLoads:
             model = await self._wished(wish)
             record = self.library.records.get(wish.name)
             is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
-            needed = {} if is_coming else await self._check(model)
+            needed = {} if is_coming else await self._check(model, thoroughly=validate_only)
             if validate_only:
                 return self.states.would_be(model, sum(needed.values()))
             await self._record(model, record, key)
@@ -180,8 +182,11 @@ class ModelLoads:
                 f"model {record.id} is {state} with other options; unload it first", metadata={"state": state.upper()}
             )
 
-    async def _check(self, model: NewModel) -> dict[str, int]:
-        """What it would take, by device, where its files are here already; nothing where they are not."""
+    async def _check(self, model: NewModel, *, thoroughly: bool) -> dict[str, int]:
+        """What it would take, by device, where its files are here already; nothing where they are not.
+
+        ``thoroughly``: also whether the weights fit the configuration, which takes seconds.
+        """
         found = await self._fetcher.at_hand(model)
         options = model.options or LoadChoice()
         _check_device(options.device, self.room.capacity)
@@ -189,7 +194,11 @@ class ModelLoads:
             return {}
         prepared, files = found
         plan = plan_of(model.id, model.source, prepared, files.facts, options, self._defaults)
-        return {} if model.at_start else self.room.check(plan, options.memory_fraction)
+        needed = {} if model.at_start else self.room.check(plan, options.memory_fraction)
+        if thoroughly and plan.worker.engine != "null":
+            asked = {"folder": str(prepared.folder), "task": plan.worker.load.task}
+            await run_tool("fit", asked, timeout_s=_FIT_TIMEOUT_S)
+        return needed
 
     async def _record(self, model: NewModel, record: StoredModel | None, key: RequestKey | None) -> None:
         if record is None:

@@ -6,11 +6,15 @@ which the front does not import. Torch is kept out, so that it answers within se
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import importlib.util
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 # transformers then offers its configurations alone, in a third of the time.
@@ -49,6 +53,7 @@ def examine(request: Mapping[str, Any]) -> dict[str, Any]:
     place = "config" if request["is_whole"] and not overrides else "config_overrides"
     values = _typed(kind, _laid_over(kind, _without(base, _DROPPED), overrides))
     check_sizes(_with_defaults(kind, values), place)
+    _check_activations(kind, values, place)
     config = _built(kind, values, place)
     architecture = _architecture(config, base, request["auto_class"])
     config.architectures = [architecture]
@@ -156,6 +161,36 @@ def _with_defaults(kind: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = kind().to_dict()
     derived = {"num_key_value_heads", *(["head_dim"] if _followed("head_dim", defaults) else [])}
     return {key: value for key, value in defaults.items() if key not in derived} | dict(values)
+
+
+def _check_activations(kind: Any, values: Mapping[str, Any], path: str, depth: int = _MAX_DEPTH) -> None:
+    """Where the class has the name of an activation function, another one must be a name that transformers has."""
+    known, parts = _activations(), getattr(kind, "sub_configs", None) or {}
+    defaults = kind().to_dict()
+    for key, value in values.items():
+        if known and "act" in key and defaults.get(key) in known and value not in known:
+            raise InvalidField.of(
+                f"{path}.{key}", f"{str(value)[:60]!a} is no activation function{_nearest(str(value), known)}"
+            )
+        if key in parts and isinstance(value, dict) and depth:
+            part = _part_class(parts[key], value)
+            if part is not None:
+                _check_activations(part, value, f"{path}.{key}", depth - 1)
+
+
+@cache
+def _activations() -> tuple[str, ...]:
+    """The names that transformers knows, read out of the source of a module that imports torch; none where it is no
+    longer written so.
+    """
+    spec = importlib.util.find_spec("transformers.activations")
+    if spec is None or spec.origin is None:
+        return ()
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        names = [target.id for target in getattr(node, "targets", ()) if isinstance(target, ast.Name)]
+        if "ACT2CLS" in names and isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            return tuple(str(key.value) for key in node.value.keys if isinstance(key, ast.Constant))
+    return ()
 
 
 def _built(kind: Any, values: Mapping[str, Any], place: str) -> Any:

@@ -92,6 +92,25 @@ def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
     return _describe(model, facts, task)
 
 
+def check_fit(folder: Path, options: LoadOptions) -> None:
+    """Raise what ``load_model`` would, as far as the configuration and the headers of the weights tell it.
+
+    Reads no weights and takes no memory. What is stored quantized is not judged.
+    """
+    refuse_code(check_model_folder(folder))
+    facts = read_facts(folder)
+    task = options.task or default_task(facts)
+    if facts.is_quantized or importlib.util.find_spec("accelerate") is None:
+        return
+    with _load_errors(task):
+        auto_class = _auto_class(facts, task)
+        try:
+            _, report = _read_into(folder, auto_class, {"device_map": {"": "meta"}})
+        except NotImplementedError:  # its class computes with weights as it is built: only loading it tells
+            return
+        _require_complete(report, task, auto_class, options)
+
+
 def default_task(facts: ModelFacts) -> str:
     """The task that the checkpoint's own head is for."""
     for architecture in facts.architectures:
@@ -114,7 +133,6 @@ def _auto_class(facts: ModelFacts, task: str) -> str:
 
 
 def _from_pretrained(folder: Path, class_name: str, options: LoadOptions) -> tuple[Any, Any]:
-    auto_class = getattr(transformers, class_name)
     device = choose_device(options.device)
     arguments: dict[str, Any] = {"dtype": "auto" if options.dtype == "auto" else getattr(torch, options.dtype)}
     placement = _placement(options, device)
@@ -124,15 +142,22 @@ def _from_pretrained(folder: Path, class_name: str, options: LoadOptions) -> tup
         arguments["quantization_config"] = quantization_config(options)
     if options.attn_implementation != "auto":
         arguments["attn_implementation"] = options.attn_implementation
-    model, report = auto_class.from_pretrained(
+    model, report = _read_into(folder, class_name, arguments)
+    return (model if placement is not None else model.to(device)), report
+
+
+def _read_into(folder: Path, class_name: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The model and what the report says; weights of another shape stand in it, instead of being an exception."""
+    read: tuple[Any, Any] = getattr(transformers, class_name).from_pretrained(
         folder,
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,
         **arguments,
     )
-    return (model if placement is not None else model.to(device)), report
+    return read
 
 
 def choose_device(name: str) -> torch.device:
@@ -162,7 +187,9 @@ def _require_complete(report: Any, task: str, auto_class: str, options: LoadOpti
     """``report`` is what output_loading_info gives: an object in some versions of transformers, a dict in others."""
     values = report if isinstance(report, dict) else vars(report)
     problems = [str(item) for item in values.get("error_msgs") or ()]
-    problems += [f"{item[0]} has another shape" for item in values.get("mismatched_keys") or ()]
+    problems += [
+        f"{key} has another shape" for key in sorted(str(item[0]) for item in values.get("mismatched_keys") or ())
+    ]
     # An encoder's pooler is often not trained and not stored; what takes a model without a head does not read it.
     missing = [
         key for key in sorted(values.get("missing_keys") or ()) if auto_class != "AutoModel" or "pooler" not in key

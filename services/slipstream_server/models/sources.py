@@ -185,7 +185,7 @@ class _Resolver:
         # os.path answers False where pathlib raises: for names too long to exist.
         if os.path.isdir(path) or (path.suffix == ".gguf" and os.path.isfile(path)):
             if roots is not None and path.is_dir():
-                _require_files_below(path, roots)
+                require_files_below(path, roots)
             return path.resolve()
         if looks_local:
             raise ModelNotFound("source: no such model folder or .gguf file")
@@ -332,8 +332,8 @@ def _is_below(path: Path, roots: tuple[Path, ...]) -> bool:
     return any(real.is_relative_to(root.resolve()) for root in roots)
 
 
-def _require_files_below(folder: Path, roots: tuple[Path, ...]) -> None:
-    """A link inside an allowed folder must not lead out of it."""
+def require_files_below(folder: Path, roots: tuple[Path, ...]) -> None:
+    """A link inside an allowed folder must not lead out of it: raises PermissionDenied."""
     for parent, folders, names in os.walk(folder):
         for name in (*folders, *names):
             if not _is_below(Path(parent, name), roots):

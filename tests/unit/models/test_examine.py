@@ -47,6 +47,26 @@ def test_another_spelling_of_a_field_is_the_same_field() -> None:
     assert examined({"hidden_size": 32.0}, gpt2)["config"]["n_embd"] == 32
 
 
+def test_an_activation_function_must_be_one_that_transformers_has() -> None:
+    from transformers.activations import ACT2FN
+
+    for name in ACT2FN:
+        assert examined({"hidden_act": name})["config"]["hidden_act"] == name
+    picture = {"model_type": "clip", "architectures": ["CLIPModel"]}
+    for overrides, config, place in (
+        ({"hidden_act": "swiglu_of_mine"}, LLAMA, "hidden_act"),
+        (
+            {"activation_function": "gelu_newer"},
+            {"model_type": "gpt2", "architectures": ["GPT2Model"]},
+            "activation_function",
+        ),
+        ({"text_config": {"hidden_act": "nonsense"}}, picture, "text_config.hidden_act"),
+    ):
+        with pytest.raises(InvalidField, match="is no activation function") as refused:
+            examined(overrides, config)
+        assert refused.value.violations[0].field == f"config_overrides.{place}"
+
+
 def test_a_number_of_labels_names_them() -> None:
     found = examined({"num_labels": 3.0}, auto_class="AutoModelForSequenceClassification")
     assert found["architecture"] == "LlamaForSequenceClassification"

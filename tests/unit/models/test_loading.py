@@ -25,8 +25,9 @@ from slipstream_server.errors import (
     UnsafeWeights,
     UnsupportedField,
 )
+from slipstream_server.models import loading
 from slipstream_server.models.load_options import FourBitKind, LoadOptions, Quantization
-from slipstream_server.models.loading import AUTO_CLASSES, load_model
+from slipstream_server.models.loading import AUTO_CLASSES, check_fit, load_model
 
 ModelCopy = Callable[[str], Path]
 EditJson = Callable[..., None]
@@ -179,9 +180,40 @@ def test_a_head_the_checkpoint_lacks_is_a_failure_unless_it_was_meant(built_mode
 def test_a_shape_that_does_not_fit_is_a_failure(model_copy: ModelCopy, edit_json: EditJson) -> None:
     folder = model_copy("llama")
     edit_json(folder / "config.json", vocab_size=301)
-    with pytest.raises(ModelLoadFailed) as caught:
+    with pytest.raises(ModelLoadFailed, match="has another shape") as caught:
         load_model(folder, CPU)
     assert str(folder) not in caught.value.message
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5", "bert"])
+def test_what_loads_fits_and_what_does_not_fit_is_told_without_its_weights(
+    model_copy: ModelCopy, edit_json: EditJson, kind: str
+) -> None:
+    folder = model_copy(kind)
+    load_model(folder, CPU)
+    check_fit(folder, CPU)
+    layers = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 9)
+    activation = dict.fromkeys(("hidden_act", "activation_function", "dense_act_fn"), "nonsense")
+    for values in ({"vocab_size": 301}, layers, activation):
+        wrong = model_copy(kind)
+        edit_json(wrong / "config.json", **values)
+        for judge in (load_model, check_fit):
+            with pytest.raises(ModelLoadFailed):
+                judge(wrong, CPU)
+
+
+def test_fitting_takes_no_memory(built_models: ModelCopy, monkeypatch: pytest.MonkeyPatch) -> None:
+    places: list[Any] = []
+    read_into = loading._read_into
+
+    def noted(*arguments: Any) -> tuple[Any, Any]:
+        model, report = read_into(*arguments)
+        places.extend(parameter.device.type for parameter in model.parameters())
+        return model, report
+
+    monkeypatch.setattr(loading, "_read_into", noted)
+    check_fit(built_models("llama"), CPU)
+    assert set(places) == {"meta"}
 
 
 def test_an_unknown_architecture_is_a_failure(model_copy: ModelCopy, edit_json: EditJson) -> None:
