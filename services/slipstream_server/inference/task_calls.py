@@ -105,10 +105,18 @@ def choose_model(
 
 
 def _nobody_can(spec: TaskSpec) -> SlipstreamError:
-    hint = next((f"; `slipstream models load {name}` loads one" for name in catalogued(spec)), "")
-    return ModelNotFound(f"no model that is loaded can do {spec.id}{hint}", metadata={"task": spec.id})
+    names = proposed_models(spec)
+    hint = "; `slipstream models load {}` loads one".format(" or ".join(names)) if names else ""
+    metadata = {"task": spec.id, "proposed_models": ",".join(names)}
+    return ModelNotFound(f"no model that is loaded can do {spec.id}{hint}", metadata=metadata)
 
 
-def catalogued(spec: TaskSpec) -> tuple[str, ...]:
-    """Names of the catalogue's models that can do a task."""
-    return tuple(name for name, entry in builtin_catalogue().entries.items() if spec.id in entry.tasks)
+def proposed_models(spec: TaskSpec) -> tuple[str, ...]:
+    """Names of the catalogue's models to load for a task, in the order in which to try them: the usual choice, and
+    where that one lies on a hub, one that does not.
+    """
+    entries = builtin_catalogue().of_task(spec.id)
+    here = [
+        entry for entry in entries[1:] if entries[0].needs_hub and not entry.needs_hub and entry.tasks[0] == spec.id
+    ]
+    return tuple(entry.name for entry in (*entries[:1], *here[:1]))
