@@ -79,6 +79,8 @@ class LoraSlots:
 
     def release(self, pin: AdapterPin) -> None:
         self._in_use[pin.digest] -= 1
+        if self._is_idle(pin.digest):  # else every adapter there ever was would be counted for ever
+            del self._in_use[pin.digest]
 
     def applied(
         self, rows: Sequence[Row], counts: Sequence[int] | None = None, kept: Sequence[int] = ()
