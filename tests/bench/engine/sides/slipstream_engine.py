@@ -34,7 +34,6 @@ class EngineSide:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._engine, self._ready = assemble(_config(arguments), _ignore, lambda: None)
         self._ids = itertools.count(1)
-        self._cached: dict[int, int] = {}
 
     def facts(self) -> dict[str, Any]:
         return {"settings": self._ready.settings, "batching": self._ready.batching, "dtype": self._ready.dtype}
