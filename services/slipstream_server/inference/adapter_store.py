@@ -38,7 +38,6 @@ MAX_ADAPTER_BYTES = 8 * 1024**3
 DEFAULT_MAX_BYTES = 32 * 1024**3
 _PARTIAL = "partial-"
 _PARTIAL_IS_DEAD_S = 3600.0
-_READ_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
