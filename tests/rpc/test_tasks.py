@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import pytest
 from google.rpc import code_pb2, error_details_pb2, status_pb2
+from prometheus_client import CollectorRegistry
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream.inference.v1 import inference_service_pb2_grpc as inference_grpc
@@ -44,6 +45,7 @@ class Service:
     front: InferenceFront
     log: Path
     port: int
+    registry: CollectorRegistry
 
     def lines(self) -> list[str]:
         return [line.split(" ", 1)[1] for line in self.log.read_text().splitlines()]
@@ -53,7 +55,8 @@ class Service:
 async def service(tmp_path: Path, assert_eventually: Eventually) -> AsyncIterator[Service]:
     log = tmp_path / "commands"
     script = str(Path(fake_task_worker.__file__))
-    front = InferenceFront(FrontConfig(restart=QUICK, admission=AdmissionLimits(max_requests=64)))
+    registry = CollectorRegistry()
+    front = InferenceFront(FrontConfig(restart=QUICK, admission=AdmissionLimits(max_requests=64)), registry=registry)
     await front.start()
     plan = ModelPlan(
         name="judge",
@@ -72,7 +75,7 @@ async def service(tmp_path: Path, assert_eventually: Eventually) -> AsyncIterato
                 f"127.0.0.1:{server.port}", options=[("grpc.max_send_message_length", 64 << 20)]
             ) as channel,
         ):
-            yield Service(inference_grpc.InferenceServiceStub(channel), front, log, server.port)
+            yield Service(inference_grpc.InferenceServiceStub(channel), front, log, server.port, registry)
     finally:
         await front.close()
 
@@ -322,6 +325,34 @@ async def test_tasks_are_listed_and_described(service: Service) -> None:
         bad = await refused(service.stub.ListTasks(tasks_pb2.ListTasksRequest(page_size=page_size)))
         assert bad[1] == "INVALID_FIELD"
         assert f"{page_size} is not from 0 (the default of 50) to 100" in bad[2]
+
+
+async def test_latencies_and_outcomes_are_measured_by_task(service: Service) -> None:
+    def value(name: str, **labels: str) -> float:
+        task = {"model": "judge", "task": "text-classification", **labels}
+        return service.registry.get_sample_value(f"slipstream_{name}", task) or 0.0
+
+    assert service.registry.get_sample_value("slipstream_task_inputs_total", {
+        "model": "judge", "task": "text-ranking", "reason": "",
+    }) == 0.0  # fmt: skip
+    await service.stub.RunTask(run_request("a", "bc", WRONG))
+    await service.stub.RunTask(run_request("d"))
+    assert value("task_inputs_total", reason="") == 3
+    assert value("task_inputs_total", reason="PROMPT_TOO_LONG") == 1
+    assert value("task_latency_seconds_count") == 4
+    assert 0 < value("task_latency_seconds_sum") < 60
+    seen = {"gen_ai_operation_name": "text-classification", "gen_ai_provider_name": "slipstream",
+            "gen_ai_request_model": "judge"}  # fmt: skip
+    durations = [
+        service.registry.get_sample_value(
+            "gen_ai_server_request_duration_seconds_count", {**seen, "error_type": reason}
+        )
+        for reason in ("", "PROMPT_TOO_LONG")
+    ]
+    assert durations == [3, 1]
+    queued = service.registry.get_sample_value("slipstream_request_queue_time_seconds_count", {"model": "judge"})
+    tokens = service.registry.get_sample_value("slipstream_prompt_tokens_total", {"model": "judge", "adapter": ""})
+    assert (queued, tokens) == (2, 1 + 2 + len(WRONG) + 1)  # the fake worker counts letters
 
 
 async def test_a_model_without_a_head_to_generate_with_does_not_generate(service: Service) -> None:

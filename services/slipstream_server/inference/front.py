@@ -204,6 +204,7 @@ class InferenceFront(FrontModels):
             dispatcher=model.dispatcher,
             request_ids=self._request_ids,
             deadline_monotonic_s=call.deadline_monotonic_s,
+            metrics=model.metrics,
             on_leave=self._run_left,
         )
 
@@ -226,6 +227,7 @@ class InferenceFront(FrontModels):
             write_prompt=lambda given, how: text.write(given, how, context_tokens),
             open_generation=self.open,
             deadline_monotonic_s=call.deadline_monotonic_s,
+            metrics=model.metrics,
             on_leave=self._run_left,
         )
 

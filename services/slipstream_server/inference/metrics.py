@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from slipstream_server.inference.adapter_metrics import AdapterLabels, AdaptersInUse, LoraRequestsInfo
 from slipstream_server.inference.gen_ai_metrics import GenAiMetrics
 from slipstream_server.inference.generation import Stats
+from slipstream_server.inference.task_metrics import TaskMetrics, TaskObserver
 
 Operation = Literal["chat", "text_completion"]
 """What OpenTelemetry calls a generation, by the kind of its prompt."""
@@ -65,6 +66,7 @@ class InferenceMetrics:
             ),
         }
         self.gen_ai = GenAiMetrics(registry)
+        self.tasks = TaskMetrics(registry, self.gen_ai, _LATENCY_BUCKETS_S)
         self.lora_requests = LoraRequestsInfo()
         registry.register(self.lora_requests)
         self._per_model = (
@@ -120,6 +122,18 @@ class ModelMetrics:
         """Who measures one request; ``adapter_version`` is empty for the base model."""
         adapter = self.adapters.of_version(adapter_version)
         return RequestMetrics(self, adapter=adapter, operation=operation, arrival_s=arrival_s)
+
+    def of_task(self, task: str, *, is_generated: bool) -> TaskObserver:
+        """Who measures the inputs of one task."""
+        return self.shared.tasks.of(self.model, task, is_generated=is_generated)
+
+    def task_joined(self, seconds: float) -> None:
+        """Inputs of a task have joined a batch."""
+        self.queue_time.observe(seconds)
+
+    def task_tokens(self, prompt_tokens: int) -> None:
+        """Inputs of a task had so many tokens. Tasks that a worker answers have no adapter."""
+        self.shared.prompt_tokens.labels(self.model, "").inc(prompt_tokens)
 
     def engine(self, stats: Stats) -> None:
         """Take over what the worker tells."""

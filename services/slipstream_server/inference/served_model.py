@@ -19,6 +19,7 @@ from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.prompts import PromptEncoder
 from slipstream_server.inference.resolve import ResolveLimits
 from slipstream_server.inference.supervisor import ModelState, ModelStatus, RestartPolicy, WorkerSupervisor, not_ready
+from slipstream_server.inference.task_calls import served_tasks
 from slipstream_server.inference.worker_config import WorkerConfig, worker_command
 from slipstream_server.inference.worker_process import WorkerLaunch
 from slipstream_server.models.facts import ModelFacts
@@ -84,6 +85,9 @@ class ServedModel:
             adapter_slots=plan.worker.adapter_slots,
             adapters=self.dispatcher.adapters_in_use,
         )
+        if self.runs_tasks:
+            for task in served_tasks(plan.facts, plan.worker.load):
+                metrics.of_task(task, is_generated=False)  # counted from zero on
 
     @property
     def runs_tasks(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
@@ -31,6 +32,7 @@ from slipstream_server.inference.calls import (
 )
 from slipstream_server.inference.dispatcher import Dispatcher, TaskTicket
 from slipstream_server.inference.generation import Admitted, TaskResults
+from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.tasks.generation_prompts import PromptShape, WrittenPrompt, clean_up
 from slipstream_server.tasks.generation_settings import GenerationSettings
@@ -62,16 +64,24 @@ class TaskRun(ABC):
     """The inputs of one call and their results. ``model`` and ``adapter_version`` say who answers."""
 
     def __init__(
-        self, spec: TaskSpec, *, model: str, adapter_version: str, on_leave: Callable[[TaskRun], None]
+        self,
+        spec: TaskSpec,
+        *,
+        model: str,
+        adapter_version: str,
+        metrics: ModelMetrics,
+        on_leave: Callable[[TaskRun], None],
     ) -> None:
         self.spec = spec
         self.model = model
+        self.metrics = metrics
+        self._observer = metrics.of_task(spec.id, is_generated=spec.runs_by == "generate")
         self.adapter_version = adapter_version
         self.prompt_tokens = 0
         self.completion_tokens = 0
         self._on_leave = on_leave
         self._num_added = 0
-        self._pending: set[int] = set()
+        self._pending: dict[int, float] = {}  # when each came, on time.monotonic's clock
         self._results: deque[tuple[int, TaskOutcome]] = deque()
         self._changed = asyncio.Event()
         self._is_closed = False
@@ -93,7 +103,7 @@ class TaskRun(ABC):
         skipped = {index for index, _ in wrong}
         self._submit([pair for pair in numbered if pair[0] not in skipped])
         self._num_added += len(inputs)
-        self._pending.update(index for index, _ in numbered)
+        self._pending |= dict.fromkeys((index for index, _ in numbered), time.monotonic())
         for index, error in wrong:
             self._answer(index, error)
 
@@ -147,8 +157,10 @@ class TaskRun(ABC):
         return None
 
     def _answer(self, index: int, outcome: TaskOutcome) -> None:
-        if index in self._pending:
-            self._pending.remove(index)
+        arrival_s = self._pending.pop(index, None)
+        if arrival_s is not None:
+            reason = outcome.reason if isinstance(outcome, SlipstreamError | ItemError) else ""
+            self._observer.answered(time.monotonic() - arrival_s, reason)
             self._results.append((index, outcome))
             self._wake()
 
@@ -178,9 +190,10 @@ class WorkerRun(TaskRun):
         dispatcher: Dispatcher,
         request_ids: itertools.count[int],
         deadline_monotonic_s: float | None,
+        metrics: ModelMetrics,
         on_leave: Callable[[TaskRun], None],
     ) -> None:
-        super().__init__(spec, model=model, adapter_version="", on_leave=on_leave)
+        super().__init__(spec, model=model, adapter_version="", metrics=metrics, on_leave=on_leave)
         self._parameters = dict(parameters)
         self._dispatcher = dispatcher
         self._request_ids = request_ids
@@ -249,9 +262,12 @@ class _Share:
     def admitted(self, event: Admitted) -> None:
         """Joining a batch is nothing the caller is told. What a worker that died has counted is forgotten."""
         self._num_tokens = 0
+        if self.ticket is not None:
+            self._run.metrics.task_joined(time.monotonic() - self.ticket.arrival_s)
 
     def results(self, event: TaskResults) -> None:
         self._num_tokens += event.num_tokens
+        self._run.metrics.task_tokens(event.num_tokens)
         for place, result in zip(event.indices, event.results, strict=True):
             self._run.settle(self._indices[place], result)
 
@@ -290,9 +306,10 @@ class WriterRun(TaskRun):
         write_prompt: WritePrompt,
         open_generation: OpenGeneration,
         deadline_monotonic_s: float | None,
+        metrics: ModelMetrics,
         on_leave: Callable[[TaskRun], None],
     ) -> None:
-        super().__init__(spec, model=model, adapter_version=adapter_version, on_leave=on_leave)
+        super().__init__(spec, model=model, adapter_version=adapter_version, metrics=metrics, on_leave=on_leave)
         self._adapter = adapter
         self._parameters = parameters
         self._shape = shape

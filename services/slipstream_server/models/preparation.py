@@ -79,6 +79,7 @@ def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[st
     command = with_parent.command(module, *arguments)
     # Whatever transformers would fetch of its own accord, it must not.
     environment = {
+        "GOMP_SPINCOUNT": "30000",  # unless set: threads that spin for long lose most on cores that others want too
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Histogram
 from rich.console import Console
 
 from slipstream_client.cli.metrics_port import MetricsUnavailable, Sample, Samples, metrics_address, read_metrics
-from slipstream_client.cli.top_figures import Latency, ModelFigures, Recorder, quantile
+from slipstream_client.cli.top_figures import Latency, ModelFigures, Recorder, TaskFigures, quantile
 from slipstream_client.cli.top_view import Frame, TopView, bar, in_time, sparkline
 from slipstream_client.results import HealthState, ServiceHealth
 from slipstream_client.settings import ClientSettings
@@ -92,6 +92,33 @@ def test_adapters_of_one_model_are_summed_and_other_models_left_out() -> None:
     assert one(recorder, 1.0, samples(), more).generation_tokens_per_s == 20
 
 
+def task_samples(answered: float, failed: float, *counts: tuple[str, float]) -> list[Sample]:
+    """A model of two tasks, of which one has been asked for."""
+    found = [
+        Sample("slipstream_task_inputs_total", {"model": "m", "task": task, "reason": reason}, value)
+        for task, reason, value in (("ner", "", answered), ("ner", "PROMPT_TOO_LONG", failed), ("fill-mask", "", 0.0))
+    ]
+    for task, share in (("ner", 1.0), ("fill-mask", 0.0)):
+        for bound, value in counts:
+            labels = {"model": "m", "task": task, "le": bound}
+            found.append(Sample("slipstream_task_latency_seconds_bucket", labels, share * value))
+    return found
+
+
+def test_a_model_of_tasks_is_told_by_its_inputs_whatever_their_task() -> None:
+    recorder = Recorder()
+    before = one(recorder, 0.0, samples(), task_samples(100, 1, ("1.0", 50), ("2.0", 100), ("+Inf", 100)))
+    assert before.tasks is not None
+    assert (before.tasks.inputs_per_s, before.tasks.num_answered, before.tasks.num_failed) == (None, 100, 1)
+    after = one(recorder, 2.0, samples(), task_samples(139, 2, ("1.0", 50), ("2.0", 140), ("+Inf", 140)))
+    assert after.tasks is not None
+    assert (after.tasks.inputs_per_s, after.tasks.history) == (20, (20,))
+    assert after.tasks.latency == Latency(p50_s=1.5, p99_s=1.99)
+    assert one(Recorder(), 0.0, samples()).tasks is None
+    both = one(Recorder(), 0.0, samples(generation_tokens_total=1), task_samples(1, 0))
+    assert both.tasks is None  # its tasks are generations, which are told already
+
+
 def test_a_service_started_anew_does_not_run_backwards() -> None:
     recorder = Recorder()
     one(recorder, 0.0, samples(generation_tokens_total=1000), buckets(("1.0", 50), ("+Inf", 50)))
@@ -156,6 +183,24 @@ def test_a_card_tells_everything_without_colour_in_80_columns() -> None:
     assert "\x1b[3" not in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_card_of_a_model_of_tasks_has_no_line_that_it_cannot_fill() -> None:
+    tasks = TaskFigures(
+        inputs_per_s=812.0, history=(0.0, 400.0, 812.0), latency=Latency(p50_s=0.012, p99_s=0.21),
+        queue_time=Latency(p50_s=0.004, p99_s=0.1), num_answered=52_000, num_failed=4,
+    )  # fmt: skip
+    text = drawn(replace(FIGURES, tasks=tasks, adapter_slots=0))
+    for words in (
+        "9.6 of 16 rows", "812 in/s", "1.2K tok/s", "result 12 ms / 210 ms", "queue 4 ms / 100 ms", "52K done",
+        "4 failed", "2 restarts",
+    ):  # fmt: skip
+        assert words in text, words
+    for words in ("KV cache", "first token", "preempted", "drafts"):
+        assert words not in text, words
+    table = drawn(*(replace(FIGURES, model=f"model-{number}", tasks=tasks) for number in range(12)))
+    assert "210 ms" in table
+    assert max(map(len, (text + table).splitlines())) <= 80
 
 
 def test_many_models_fit_the_screen_as_a_table() -> None:

@@ -31,6 +31,8 @@ PROMISED = {
     "slipstream_request_queue_time_seconds": "histogram",
     "slipstream_num_preemptions": "counter",
     "slipstream_lora_requests_info": "gauge",
+    "slipstream_task_latency_seconds": "histogram",
+    "slipstream_task_inputs": "counter",
     "gen_ai_server_request_duration_seconds": "histogram",
     "gen_ai_server_time_to_first_token_seconds": "histogram",
     "gen_ai_server_time_per_output_token_seconds": "histogram",

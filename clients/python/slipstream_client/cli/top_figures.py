@@ -58,6 +58,19 @@ class ModelFigures:
     waiting_adapters: tuple[str, ...]
     adapter_slots: int
     num_worker_restarts: int
+    tasks: TaskFigures | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFigures:
+    """What a model that answers tasks and generates nothing does. Inputs are counted, whatever their size."""
+
+    inputs_per_s: float | None
+    history: tuple[float, ...]
+    latency: Latency
+    queue_time: Latency
+    num_answered: int
+    num_failed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +90,7 @@ class Recorder:
     def __init__(self, window_s: float | None = WINDOW_S) -> None:
         self._window_s = window_s
         self._moments: deque[Moment] = deque()
-        self._histories: dict[str, tuple[deque[float], deque[float]]] = {}
+        self._histories: dict[str, tuple[deque[float], deque[float], deque[float]]] = {}
 
     def take(self, time_s: float, samples: Samples) -> tuple[ModelFigures, ...]:
         """The figures of every model now, by name."""
@@ -100,7 +113,7 @@ class Recorder:
         kv_tokens, kv_capacity = window.count("kv_cache_tokens"), window.count("kv_cache_capacity_tokens")
         prompt_rate = step.rate("prompt_tokens_total") if step else None
         generation_rate = step.rate("generation_tokens_total") if step else None
-        prompts, generations = self._histories[model]
+        prompts, generations, inputs = self._histories[model]
         if prompt_rate is not None and generation_rate is not None:
             prompts.append(prompt_rate)
             generations.append(generation_rate)
@@ -131,7 +144,23 @@ class Recorder:
             waiting_adapters=_listed(labels.get("waiting_lora_adapters", "")),
             adapter_slots=int(labels.get("max_lora") or 0),
             num_worker_restarts=window.count("worker_restarts_total"),
+            tasks=_task_figures(step, window, inputs) if _only_runs_tasks(now.samples, model) else None,
         )
+
+
+def _task_figures(step: Span | None, window: Span, history: deque[float]) -> TaskFigures:
+    per_s = step.rate("task_inputs_total") if step else None
+    if per_s is not None:
+        history.append(per_s)
+    answered = window.count("task_inputs_total", reason="")
+    return TaskFigures(
+        inputs_per_s=per_s,
+        history=tuple(history),
+        latency=window.latency("task_latency_seconds"),
+        queue_time=window.latency("request_queue_time_seconds"),
+        num_answered=answered,
+        num_failed=window.count("task_inputs_total") - answered,
+    )
 
 
 class Span:
@@ -142,9 +171,9 @@ class Span:
         self._now = _of_model(now.samples, model)
         self._seconds = now.time_s - before.time_s
 
-    def count(self, name: str) -> int:
+    def count(self, name: str, **labels: str) -> int:
         """The value at the end."""
-        return round(total(self._now, f"slipstream_{name}") or 0)
+        return round(total(self._now, f"slipstream_{name}", **labels) or 0)
 
     def grown(self, name: str) -> float:
         """How much a counter has grown; one that is smaller than before is that of a service started anew."""
@@ -188,6 +217,12 @@ def _models(samples: Samples) -> list[str]:
     return sorted({s.labels["model"] for s in samples if s.name == "slipstream_num_requests_running"})
 
 
+def _only_runs_tasks(samples: Samples, model: str) -> bool:
+    """A model that generates has counted tokens before the task that they are for has its result."""
+    names = {sample.name for sample in _of_model(samples, model)}
+    return "slipstream_task_inputs_total" in names and "slipstream_generation_tokens_total" not in names
+
+
 def _of_model(samples: Samples, model: str) -> Samples:
     return tuple(sample for sample in samples if sample.labels.get("model") == model)
 
@@ -202,8 +237,14 @@ def _listed(names: str) -> tuple[str, ...]:
 
 
 def _buckets(samples: Samples, name: str) -> dict[float, float]:
-    return {float(sample.labels["le"]): sample.value for sample in samples if sample.name == name}
+    """Upper bound to count, over all tasks of a model."""
+    found: dict[float, float] = {}
+    for sample in samples:
+        if sample.name == name:
+            bound = float(sample.labels["le"])
+            found[bound] = found.get(bound, 0.0) + sample.value
+    return found
 
 
-def _new_history() -> tuple[deque[float], deque[float]]:
-    return deque(maxlen=HISTORY), deque(maxlen=HISTORY)
+def _new_history() -> tuple[deque[float], deque[float], deque[float]]:
+    return deque(maxlen=HISTORY), deque(maxlen=HISTORY), deque(maxlen=HISTORY)

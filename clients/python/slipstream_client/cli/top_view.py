@@ -16,7 +16,7 @@ from rich.text import Text
 
 from slipstream_client.cli import terminal
 from slipstream_client.cli.model_rows import COLOURS
-from slipstream_client.cli.top_figures import Latency, ModelFigures
+from slipstream_client.cli.top_figures import Latency, ModelFigures, TaskFigures
 from slipstream_client.models import Model
 from slipstream_client.results import HealthState, ServiceHealth
 
@@ -110,11 +110,19 @@ def _model_title(name: str, model: Model | None) -> Text:
 
 
 def _lines(f: ModelFigures) -> list[tuple[str, Text]]:
+    if f.tasks is not None:
+        return [
+            ("batch", _batch(f)),
+            ("inputs", _rate(f.tasks.inputs_per_s, "in/s", f.tasks.history)),
+            ("tokens", _rate(f.prompt_tokens_per_s, "tok/s", f.prompt_history)),
+            ("latency", _task_latency(f.tasks)),
+            ("tasks", _outcomes(f.tasks.num_answered, f.tasks.num_failed, f)),
+        ]
     return [
         ("batch", _batch(f)),
         ("KV cache", _kv(f)),
         ("output", _output(f)),
-        ("prompt", _tokens(f.prompt_tokens_per_s, f.prompt_history)),
+        ("prompt", _rate(f.prompt_tokens_per_s, "tok/s", f.prompt_history)),
         ("latency", _latency(f)),
         ("requests", _requests(f)),
         *([("adapters", _adapters(f))] if f.adapter_slots else []),
@@ -142,13 +150,13 @@ def _kv(f: ModelFigures) -> Text:
     return text
 
 
-def _tokens(per_s: float | None, history: tuple[float, ...]) -> Text:
-    text = Text().append(f"{UNKNOWN if per_s is None else in_rate(per_s):>6} tok/s  ", "bold")
+def _rate(per_s: float | None, unit: str, history: tuple[float, ...]) -> Text:
+    text = Text().append(f"{UNKNOWN if per_s is None else in_rate(per_s):>6} {unit:<5}  ", "bold")
     return text.append(sparkline(history), "green")
 
 
 def _output(f: ModelFigures) -> Text:
-    text = _tokens(f.generation_tokens_per_s, f.generation_history)
+    text = _rate(f.generation_tokens_per_s, "tok/s", f.generation_history)
     if f.draft_acceptance_ratio is not None:
         text.append(f"  drafts {f.draft_acceptance_ratio:.0%} accepted")
     return text
@@ -159,17 +167,23 @@ def _latency(f: ModelFigures) -> Text:
     return text.append("   next ").append(_quantiles(f.inter_token), "bold").append("   p50 / p99", "dim")
 
 
+def _task_latency(tasks: TaskFigures) -> Text:
+    text = Text("result ").append(_quantiles(tasks.latency), "bold")
+    return text.append("   queue ").append(_quantiles(tasks.queue_time), "bold").append("   p50 / p99", "dim")
+
+
 def _quantiles(latency: Latency) -> str:
     return f"{in_time(latency.p50_s)} / {in_time(latency.p99_s)}"
 
 
 def _requests(f: ModelFigures) -> Text:
-    text = Text(f"{terminal.in_short(f.num_succeeded)} done  ")
-    text.append(f"{terminal.in_short(f.num_failed)} failed", "red" if f.num_failed else "").append(
-        f"  {terminal.in_short(f.num_preemptions)} preempted"
-    )
-    text.append(f"  {f.num_worker_restarts} restarts", "red" if f.num_worker_restarts else "")
-    return text
+    return _outcomes(f.num_succeeded, f.num_failed, f, f"  {terminal.in_short(f.num_preemptions)} preempted")
+
+
+def _outcomes(num_done: int, num_failed: int, f: ModelFigures, more: str = "") -> Text:
+    text = Text(f"{terminal.in_short(num_done)} done  ")
+    text.append(f"{terminal.in_short(num_failed)} failed", "red" if num_failed else "").append(more)
+    return text.append(f"  {f.num_worker_restarts} restarts", "red" if f.num_worker_restarts else "")
 
 
 def _adapters(f: ModelFigures) -> Text:
@@ -195,9 +209,13 @@ def _table(names: list[str], models: Mapping[str, Model], figures: Mapping[str, 
 
 
 def _cells(f: ModelFigures) -> list[str]:
+    queue = [f"{f.num_running}/{f.max_batch_size}", str(f.num_waiting)]
+    if f.tasks is not None:
+        tokens = UNKNOWN if f.prompt_tokens_per_s is None else in_rate(f.prompt_tokens_per_s)
+        latency = f.tasks.latency
+        return [*queue, "", tokens, in_time(latency.p50_s), in_time(latency.p99_s), str(f.tasks.num_failed)]
     return [
-        f"{f.num_running}/{f.max_batch_size}",
-        str(f.num_waiting),
+        *queue,
         UNKNOWN if f.kv_usage_ratio is None else f"{f.kv_usage_ratio:.0%}",
         UNKNOWN if f.generation_tokens_per_s is None else in_rate(f.generation_tokens_per_s),
         in_time(f.first_token.p50_s),
