@@ -106,7 +106,7 @@ def choose_model(
 
 def _nobody_can(spec: TaskSpec) -> SlipstreamError:
     names = proposed_models(spec)
-    hint = "; `slipstream models load {}` loads one".format(" or ".join(names)) if names else ""
+    hint = "; " + " or ".join(f"`slipstream models load {name}`" for name in names) if names else ""
     metadata = {"task": spec.id, "proposed_models": ",".join(names)}
     return ModelNotFound(f"no model that is loaded can do {spec.id}{hint}", metadata=metadata)
 

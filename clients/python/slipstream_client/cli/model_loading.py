@@ -20,6 +20,9 @@ from slipstream_client.cli.target import Target
 from slipstream_client.client import SlipstreamClient
 from slipstream_client.models import Model
 
+# A large model may be fetched for hours; whoever waits sees how far it is.
+_LOAD_TIMEOUT_S = 24 * 3600.0
+
 NameArgument = Annotated[str, typer.Argument(help="Id, or models/ID.")]
 EtagOption = Annotated[str, typer.Option("--etag", help="Only if the model still has this etag.")]
 
@@ -116,7 +119,7 @@ async def followed(client: SlipstreamClient, name: str, *, as_json: bool) -> Mod
     """The model once it is ready or unloaded, its progress shown meanwhile. Ctrl-C ends the watch, not the load."""
     try:
         if as_json:
-            return await client.models.wait(name)
+            return await client.models.wait(name, timeout_s=_LOAD_TIMEOUT_S)
         with _bar() as bar:
             task = bar.add_task(name.rpartition("/")[2], total=None)
 
@@ -130,7 +133,7 @@ async def followed(client: SlipstreamClient, name: str, *, as_json: bool) -> Mod
                     total=None if fraction is None else 1.0,
                 )
 
-            return await client.models.wait(name, on_change=show)
+            return await client.models.wait(name, on_change=show, timeout_s=_LOAD_TIMEOUT_S)
     except asyncio.CancelledError:
         terminal.note(f"\nthe service goes on: slipstream models watch {name.rpartition('/')[2]}")
         raise

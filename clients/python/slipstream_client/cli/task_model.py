@@ -15,6 +15,8 @@ from slipstream_client.client import SlipstreamClient
 from slipstream_client.errors import NotFoundError, SlipstreamClientError
 
 Result = TypeVar("Result")
+
+_COMING = frozenset({"downloading", "loading", "restarting", "ready"})
 # Why a model that was proposed may not come, while another one may.
 _TRY_THE_NEXT = frozenset({"DEPENDENCY_UNAVAILABLE", "MISSING_DEPENDENCY", "OUT_OF_MEMORY", "PERMISSION_DENIED"})
 
@@ -38,21 +40,22 @@ async def _loaded(client: SlipstreamClient, task: str, proposed: list[str], *, q
     """The name of the first of the proposed models that can be loaded."""
     names = await _nearest_first(client, task, proposed)
     for place, name in enumerate(names, start=1):
-        terminal.note(f"loading {name}; it stays loaded, until `slipstream models unload {name}`")
+        terminal.note(f"loading {name} (`slipstream models unload {name}` takes it out again)")
         try:
             await client.models.load(name)
             await followed(client, name, as_json=quiet)
         except SlipstreamClientError as error:
             if place == len(names) or error.reason not in _TRY_THE_NEXT:
                 raise
-            terminal.warn(f"{name}: {error.message}")
+            terminal.warn(error.message.partition("; ")[0])  # what follows proposes what comes next
         else:
             break
     return name
 
 
 async def _nearest_first(client: SlipstreamClient, task: str, proposed: list[str]) -> list[str]:
-    """Those that lie on the service's machine before those that have to be fetched."""
+    """Those that are being loaded already, then those that lie on the service's machine, then what has to be fetched."""
+    coming = {model.id for model in await client.models.list(task=task) if model.state in _COMING}
     local = await client.models.recommend(task, local_only=True, max_results=50)
     here = {found.entry.id for found in local if found.entry is not None}
-    return sorted(proposed, key=lambda name: name not in here)
+    return sorted(proposed, key=lambda name: (name not in coming, name not in here))
