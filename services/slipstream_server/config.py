@@ -119,7 +119,7 @@ class InferenceConfig(_ServiceConfig):
     )
     max_step_tokens: int | None = setting(
         None,
-        "most tokens in a step of a continuous batch; unset: 256 on a CPU, else 2,048",
+        "most tokens in a step of a continuous batch or of tasks; unset: 256 and 1,024 on a CPU, else 2,048 and 16,384",
         minimum=1,
         maximum=1 << 20,
     )

@@ -80,7 +80,9 @@ async def test_where_nothing_can_be_had_the_failure_says_why(tmp_path: Path) -> 
 
 async def test_the_refusal_names_what_to_load(tmp_path: Path) -> None:
     async with model_service(tmp_path) as service, SlipstreamClient(service.address) as client:
-        with pytest.raises(NotFoundError, match=f"; `slipstream models load {ON_A_HUB}` or `slipstream models load {HERE}`") as refused:
+        with pytest.raises(
+            NotFoundError, match=f"; `slipstream models load {ON_A_HUB}` or `slipstream models load {HERE}`"
+        ) as refused:
             await client.tasks.run("sentiment-analysis", "I love this")
         assert refused.value.metadata == {"task": "text-classification", "proposed_models": f"{ON_A_HUB},{HERE}"}
         with pytest.raises(NotFoundError) as refused:

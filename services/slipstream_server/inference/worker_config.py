@@ -26,7 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ``max_batch_tokens`` is what padded tensors may grow to, or what the blocks of a continuous batch hold.
     ``kv_memory_fraction``: on GPUs, blocks take what this share of the device leaves beside the weights instead, up to
     what ``max_batch_size`` sequences could use; 0: no such share.
-    ``max_step_tokens`` (0: by device) bounds one step of a continuous batch, ``max_draft_tokens`` its guesses.
+    ``max_step_tokens`` (0: by device) bounds one step of a continuous batch or of tasks; ``max_draft_tokens`` guesses.
     ``tasks``: the ids of those that the engine "tasks" runs, all with one head.
     """
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
+from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.tasks.batching import PATIENCE_BATCHES, Company, PieceQueue, TaskLimits, Work
 from slipstream_server.tasks.runner import Piece
 
@@ -149,3 +152,26 @@ def test_the_core_of_scheduling_needs_no_torch() -> None:
 
     code = "import sys, slipstream_server.tasks.batching; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_on_a_cpu_a_short_text_waits_for_no_more_than_a_thousand_tokens() -> None:
+    import torch
+
+    from slipstream_server.inference.engine.task_assembly import task_limits
+
+    config = WorkerConfig(model_folder=Path(), engine="tasks")
+    limits = task_limits(config, torch.device("cpu"))
+    queue = PieceQueue(limits)
+    queue.add(work(1, [256] * 16), 1, 0.0)
+    assert sum(item.piece.size for item in collect(queue)) == 1024
+    queue.add(work(2, [6]), 1, 0.0)
+    batches = [collect(queue), collect(queue)]
+    assert 2 in {item.request_id for batch in batches for item in batch}
+    assert all(sum(item.piece.size for item in batch) <= 1024 for batch in batches)
+    # What an operator says holds; other devices take more at once.
+    for values, device, most in (
+        ({"max_step_tokens": 4096}, "cpu", 4096),
+        ({"max_batch_tokens": 512}, "cpu", 512),
+        ({}, "cuda", 16384),
+    ):
+        assert task_limits(structs.replace(config, **values), torch.device(device)).max_batch_tokens == most

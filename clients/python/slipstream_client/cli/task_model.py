@@ -54,7 +54,7 @@ async def _loaded(client: SlipstreamClient, task: str, proposed: list[str], *, q
 
 
 async def _nearest_first(client: SlipstreamClient, task: str, proposed: list[str]) -> list[str]:
-    """Those that are being loaded already, then those that lie on the service's machine, then what has to be fetched."""
+    """What is being loaded already, then what lies on the service's machine, then what has to be fetched."""
     coming = {model.id for model in await client.models.list(task=task) if model.state in _COMING}
     local = await client.models.recommend(task, local_only=True, max_results=50)
     here = {found.entry.id for found in local if found.entry is not None}

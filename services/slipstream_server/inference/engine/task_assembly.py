@@ -31,6 +31,9 @@ Report = Callable[[float, str], None]
 TEXT_TASK_IDS = frozenset(spec.id for spec in TEXT_TASKS)
 _CPU_SATURATING_TOKENS = 512
 _DEVICE_SATURATING_TOKENS = 8192
+# Whoever comes next waits for the batch that runs. With MiniLM four times as many tokens go through 4% faster at best,
+# and take four times as long: 1.15 s instead of 0.3 s on one core.
+_CPU_BATCH_TOKENS = 1024
 _SWITCH_INTERVAL_S = 0.0005
 _WARM_UP_TEXT = "The quick brown fox jumps over the lazy dog."
 
@@ -85,9 +88,10 @@ def runner_for(task_id: str, loaded: LoadedModel, folder: Path, tokenizer: Any =
 
 def task_limits(config: WorkerConfig, device: torch.device) -> TaskLimits:
     """The worker's batch limits as the task engine reads them."""
+    most = _CPU_BATCH_TOKENS if device.type == "cpu" else config.max_batch_tokens
     return TaskLimits(
         max_batch_size=config.max_batch_size,
-        max_batch_tokens=config.max_batch_tokens,
+        max_batch_tokens=min(config.max_batch_tokens, config.max_step_tokens or most),
         max_queue_delay_ms=config.max_queue_delay_ms,
         saturating_tokens=_CPU_SATURATING_TOKENS if device.type == "cpu" else _DEVICE_SATURATING_TOKENS,
     )
@@ -123,7 +127,7 @@ def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
             "threads": str(torch.get_num_threads()),
             "packed_linears": str(num_packed),
             "max_batch_size": str(config.max_batch_size),
-            "max_batch_tokens": str(config.max_batch_tokens),
+            "max_batch_tokens": str(task_limits(config, loaded.device).max_batch_tokens),
             "max_queue_delay_ms": f"{config.max_queue_delay_ms:g}",
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
