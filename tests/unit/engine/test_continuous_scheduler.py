@@ -312,6 +312,17 @@ def test_equal_prompts_are_computed_once() -> None:
     assert computed == 128
 
 
+def test_of_a_prompt_that_is_known_to_its_end_the_last_block_is_computed_again() -> None:
+    """The logits after its last token are wanted, and nobody has kept them."""
+    driver = Driver(40, limits())
+    first, second = sequence([1] * 96, 1), sequence([1] * 96, 1)
+    for one in (first, second):
+        driver.scheduler.add(one)
+        driver.drain(20)
+    assert (first.num_cached, second.num_cached) == (0, 64)
+    assert second.row.num_generated == 1
+
+
 @pytest.mark.parametrize("ends", ["cancelled", "preempted"])
 def test_a_prefix_that_never_comes_is_computed_by_who_waits_for_it(ends: str) -> None:
     driver = Driver(12, limits(max_step_tokens=32))

@@ -140,9 +140,8 @@ class ContinuousScheduler:
         share = budget if len(prompts) + len(self._waiting) == 1 else max(BLOCK_TOKENS, budget // 2)
         for sequence in prompts:
             budget -= self._plan_prompt(sequence, min(budget, share), chunks)
-        plan = Plan()
-        if len(chunks) == len(self._running):
-            plan.newcomers = self._admit(budget, share, chunks)
+        # Whoever of those that run has no chunk has found no budget: then nobody joins either.
+        plan = Plan(newcomers=self._admit(budget, share, chunks))
         plan.chunks = [chunks[sequence] for sequence in self._running if sequence in chunks]
         plan.chunks.sort(key=lambda chunk: chunk.count > 1)
         return plan
