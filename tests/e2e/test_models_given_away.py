@@ -21,11 +21,13 @@ from e2e.services import Running, generate_request, inference_stub, service
 from slipstream.inference.v1 import model_service_pb2 as pb2
 from slipstream.inference.v1 import model_service_pb2_grpc as model_grpc
 from slipstream.type.v1 import precision_pb2
+from slipstream_server.inference.engines import CONTINUOUS
+from slipstream_server.inference.footprint import process_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.asyncio(loop_scope="module")]
 
 # What an estimate allows for the worker's imports and scratch.
-_PROCESS_BYTES = 700 * 1024**2
+_PROCESS_BYTES = process_bytes(CONTINUOUS, on_cpu=True)
 SMOLLM2, MINILM = "smollm2-135m-instruct", "minilm-l6-v2"
 
 

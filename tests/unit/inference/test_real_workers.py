@@ -10,10 +10,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.unit.inference.collecting import collect
 
 from slipstream_server.inference.calls import GenerateCall, SamplingChoice, StoppingChoice, TextPrompt
+from slipstream_server.inference.footprint import process_bytes
 from slipstream_server.inference.front import FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.facts import ModelFacts, read_facts
@@ -121,3 +123,28 @@ async def test_a_killed_front_leaves_no_worker(tokenizer_folder: Path, assert_ev
     front.kill()
     await front.wait()
     await assert_eventually(lambda: not is_alive(worker_pid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["padded", "continuous", "tasks"])
+async def test_a_worker_takes_what_is_allowed_for_it_beside_its_model(
+    tmp_path: Path, assert_eventually: Eventually, engine: str
+) -> None:
+    """The system's word for a process that holds next to nothing."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    folder = save_folder(tmp_path / "tiny", byte_level())
+    config = LlamaConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    made = LlamaForSequenceClassification if engine == "tasks" else LlamaForCausalLM
+    made(config).save_pretrained(folder)
+    tasks = ("text-classification",) if engine == "tasks" else ()
+    worker = WorkerConfig(model_folder=folder, engine=engine, tasks=tasks, threads=1)  # type: ignore[arg-type]
+    async with serving(folder, read_facts(folder), worker, assert_eventually) as front:
+        pid = front.status("tiny").worker_pid
+        assert pid is not None
+        resident_bytes = psutil.Process(pid).memory_info().rss
+    allowed_bytes = process_bytes(engine, on_cpu=True)
+    assert 0.75 * allowed_bytes < resident_bytes < allowed_bytes
