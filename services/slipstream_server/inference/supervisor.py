@@ -2,8 +2,8 @@
 
 Deaths are answered with exponentially longer pauses; after too many without a stable life between them the model is
 FAILED, its requests are failed with the reason, and a new worker is tried only now and then. Requests that wait for the
-next worker and whose deadline is nearer than it can be ready are refused at once. A model that cannot be
-loaded at all stays FAILED until somebody unloads it; one that had been ready before is tried again.
+next worker and whose deadline is nearer than it can be ready are refused at once. A model that cannot be loaded at all
+stays FAILED until somebody unloads it; one that had been ready before is tried again.
 
 One task of the front runs ``run`` until it is cancelled; the worker ends with it.
 """
