@@ -1,9 +1,10 @@
 """Attention on a CPU straight from KV blocks: no gathering, no padding, each sequence at its own length.
 
-Compiled by Numba once per dtype and kept in its cache. Reads K transposed within a block, so that the scores of one
-query and a whole block come out of whole vectors. Why so, on two cores in float32: beside dense slots and
-scaled_dot_product_attention it is as fast where all sequences are equally long (16 rows of 150: 10 ms against 13 for
-30 layers; 48 rows: 25 against 33) and ahead by their padding where they are not; and blocks make prefixes free.
+Compiled by Numba once per dtype and kept in its cache. The two inner products are written in vectors of LLVM, so that
+the sums of up to four query heads, which share one reading of a block, stay in registers: what Numba makes of loops
+stores them again and again and takes 1.8 times as long. K is transposed within a block, so that the scores of one query
+and a whole block come out of whole vectors. Beside dense slots and scaled_dot_product_attention nothing is padded, and
+blocks make prefixes free. What is left is waiting for memory: keys and values are read once per step.
 
 Shapes: N tokens of the step, S sequences, H query heads in groups of G for each of K key heads, D head size (a
 multiple of 8), B blocks, L tokens in a block.
@@ -18,17 +19,20 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 
 HEAD_SIZE_MULTIPLE = 8
 _L = BLOCK_TOKENS
+# Vectors of so many items, whatever the processor has: one of its own, or two.
+_LANES = 8
 # All of fast math but the assumption that nothing is infinite or NaN.
 _FASTMATH = {"nsz", "arcp", "contract", "afn", "reassoc"}
 
 
-def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Compile on first use; where the file system has a place for it, once and for all."""
 
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -43,7 +47,7 @@ def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[...
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _float32_of_bits(typing_context: Any, bits: Any) -> Any:
+def float32_of_bits(typing_context: Any, bits: Any) -> Any:
     """Read the 32 bits of an int32 as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -52,12 +56,22 @@ def _float32_of_bits(typing_context: Any, bits: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-def _exp(x: float) -> float:
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of_float32(typing_context: Any, number: Any) -> Any:
+    """Read the 32 bits of a float32 as an int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+def exp(x: float) -> float:
     """e to the x, for x at most 0: exact to the last bits in float64, and without a call in float32."""
     raise NotImplementedError("compiled code only")
 
 
-@overload(_exp, inline="always")  # type: ignore[untyped-decorator]
+@overload(exp, inline="always")  # type: ignore[untyped-decorator]
 def _compile_exp(x: Any) -> Any:
 
     def exp64(x: Any) -> Any:
@@ -75,12 +89,207 @@ def _compile_exp(x: Any) -> Any:
         p = p * r + np.float32(1.6666665459e-1)
         p = p * r + np.float32(5.0000001201e-1)
         p = p * r * r + r + np.float32(1.0)
-        return p * _float32_of_bits(np.int32((k + np.int32(127)) << np.int32(23)))
+        return p * float32_of_bits(np.int32((k + np.int32(127)) << np.int32(23)))
 
     return exp32 if x == types.float32 else exp64
 
 
-@_compiled(parallel=False)
+class _Flat:
+    """A contiguous array argument of an intrinsic, as vectors and scalars in memory."""
+
+    def __init__(self, context: Any, builder: Any, kind: Any, value: Any) -> None:
+        self._builder = builder
+        self._data = context.make_array(kind)(context, builder, value).data
+        self._vector = ir.VectorType(self._data.type.pointee, _LANES)
+        self.align = kind.dtype.bitwidth // 8
+
+    def zeros(self) -> Any:
+        return ir.Constant(self._vector, None)
+
+    def load(self, offset: Any, number: int = 0) -> Any:
+        return self._builder.load(self._place(offset, number), align=self.align)
+
+    def store(self, vector: Any, offset: Any, number: int) -> None:
+        self._builder.store(vector, self._place(offset, number), align=self.align)
+
+    def splat(self, offset: Any) -> Any:
+        """One item in all places of a vector."""
+        item = self._builder.load(self._builder.gep(self._data, [offset]))
+        undefined = ir.Constant(self._vector, ir.Undefined)
+        first = self._builder.insert_element(undefined, item, ir.Constant(ir.IntType(32), 0))
+        mask = ir.Constant(ir.VectorType(ir.IntType(32), _LANES), None)
+        return self._builder.shuffle_vector(first, undefined, mask)
+
+    def _place(self, offset: Any, number: int) -> Any:
+        item = self._builder.gep(self._data, [_plus(self._builder, offset, number * _LANES)])
+        return self._builder.bitcast(item, self._vector.as_pointer())
+
+
+def _plus(builder: Any, offset: Any, number: int) -> Any:
+    return builder.add(offset, ir.Constant(offset.type, number)) if number else offset
+
+
+def _scores_of(num_rows: int) -> Any:
+    """A function that fills the scores of so many query heads and one block, held in registers until all is summed."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def scores(
+        typing_context: Any,
+        queries: Any,
+        query_at: Any,
+        keys: Any,
+        key_at: Any,
+        scores: Any,
+        score_at: Any,
+        score_stride: Any,
+        size: Any,
+    ) -> Any:
+        """``scores[r, j] = sum over d of queries[r, d] * keys[d, j]``."""
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            kinds = signature.args
+            queries, keys, scores = (_Flat(context, builder, kinds[i], values[i]) for i in (0, 2, 4))
+            _, query_at, _, key_at, _, score_at, stride, size = values
+            num_vectors = _L // _LANES
+            sums = [cgutils.alloca_once_value(builder, keys.zeros()) for _ in range(num_rows * num_vectors)]
+            for place in sums:
+                builder.store(keys.zeros(), place)
+            with cgutils.for_range(builder, size) as loop:
+                key = builder.add(key_at, builder.mul(loop.index, ir.Constant(size.type, _L)))
+                columns = [keys.load(key, v) for v in range(num_vectors)]
+                for r in range(num_rows):
+                    row = builder.add(query_at, builder.mul(size, ir.Constant(size.type, r)))
+                    factor = queries.splat(builder.add(row, loop.index))
+                    for v, column in enumerate(columns):
+                        _add_product(builder, sums[r * num_vectors + v], factor, column)
+            for r in range(num_rows):
+                row = builder.add(score_at, builder.mul(stride, ir.Constant(size.type, r)))
+                for v in range(num_vectors):
+                    scores.store(builder.load(sums[r * num_vectors + v]), row, v)
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.void(queries, at, keys, at, scores, at, at, at), generate
+
+    return scores
+
+
+def _mix_of(num_rows: int, num_vectors: int) -> Any:
+    """A function that adds so many columns of a block's values to the outputs of so many query heads."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def mix(
+        typing_context: Any,
+        weights: Any,
+        weight_at: Any,
+        weight_stride: Any,
+        values: Any,
+        value_at: Any,
+        num_tokens: Any,
+        outputs: Any,
+        output_at: Any,
+        size: Any,
+    ) -> Any:
+        """``outputs[r, c] += sum over j of weights[r, j] * values[j, c]``."""
+
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kinds = signature.args
+            weights, values, outputs = (_Flat(context, builder, kinds[i], arguments[i]) for i in (0, 3, 6))
+            _, weight_at, stride, _, value_at, num_tokens, _, output_at, size = arguments
+            rows = [builder.add(output_at, builder.mul(size, ir.Constant(size.type, r))) for r in range(num_rows)]
+            sums = [cgutils.alloca_once_value(builder, values.zeros()) for _ in range(num_rows * num_vectors)]
+            for r, row in enumerate(rows):
+                for v in range(num_vectors):
+                    builder.store(outputs.load(row, v), sums[r * num_vectors + v])
+            with cgutils.for_range(builder, num_tokens) as loop:
+                value = builder.add(value_at, builder.mul(loop.index, size))
+                columns = [values.load(value, v) for v in range(num_vectors)]
+                for r in range(num_rows):
+                    weight = builder.add(weight_at, builder.mul(stride, ir.Constant(size.type, r)))
+                    factor = weights.splat(builder.add(weight, loop.index))
+                    for v, column in enumerate(columns):
+                        _add_product(builder, sums[r * num_vectors + v], factor, column)
+            for r, row in enumerate(rows):
+                for v in range(num_vectors):
+                    outputs.store(builder.load(sums[r * num_vectors + v]), row, v)
+            return context.get_dummy_value()
+
+        at = types.intp
+        return types.void(weights, at, at, values, at, at, outputs, at, at), generate
+
+    return mix
+
+
+def _add_product(builder: Any, place: Any, factor: Any, column: Any) -> None:
+    """Add to a sum that stays in a register."""
+    flags = ("contract",)
+    builder.store(builder.fadd(builder.load(place), builder.fmul(factor, column, flags), flags), place)
+
+
+_scores_1, _scores_2, _scores_3, _scores_4 = (_scores_of(rows) for rows in (1, 2, 3, 4))
+_mix_1x1, _mix_2x1, _mix_3x1, _mix_4x1 = (_mix_of(rows, 1) for rows in (1, 2, 3, 4))
+_mix_1x4, _mix_2x4, _mix_3x4, _mix_4x4 = (_mix_of(rows, 4) for rows in (1, 2, 3, 4))
+
+
+@compiled(parallel=False)
+def _score(
+    num_rows: int,
+    queries: Any,
+    query_at: int,
+    keys: Any,
+    key_at: int,
+    scores: Any,
+    at: int,
+    stride: int,
+    size: int,
+) -> None:
+    """The scores of 1 to 4 query heads and one block."""
+    if num_rows == 4:
+        _scores_4(queries, query_at, keys, key_at, scores, at, stride, size)
+    elif num_rows == 3:
+        _scores_3(queries, query_at, keys, key_at, scores, at, stride, size)
+    elif num_rows == 2:
+        _scores_2(queries, query_at, keys, key_at, scores, at, stride, size)
+    else:
+        _scores_1(queries, query_at, keys, key_at, scores, at, stride, size)
+
+
+@compiled(parallel=False)
+def _mix(
+    num_rows: int,
+    weights: Any,
+    weight_at: int,
+    stride: int,
+    values: Any,
+    value_at: int,
+    num_tokens: int,
+    outputs: Any,
+    at: int,
+    size: int,
+) -> None:
+    """Add the weighted values of one block to the outputs of 1 to 4 query heads."""
+    wide = size - size % (4 * _LANES)
+    for c in range(0, wide, 4 * _LANES):
+        if num_rows == 4:
+            _mix_4x4(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        elif num_rows == 3:
+            _mix_3x4(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        elif num_rows == 2:
+            _mix_2x4(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        else:
+            _mix_1x4(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+    for c in range(wide, size, _LANES):
+        if num_rows == 4:
+            _mix_4x1(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        elif num_rows == 3:
+            _mix_3x1(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        elif num_rows == 2:
+            _mix_2x1(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+        else:
+            _mix_1x1(weights, weight_at, stride, values, value_at + c, num_tokens, outputs, at + c, size)
+
+
+@compiled(parallel=False)
 def _softmax(scores_T: Any, clear_from: int, begin: int, end: int, scale: Any, softcap: Any) -> None:
     """Scores become weights between ``begin`` and ``end``, and 0 from ``clear_from`` to ``begin``."""
     if softcap > 0:
@@ -92,7 +301,7 @@ def _softmax(scores_T: Any, clear_from: int, begin: int, end: int, scale: Any, s
         largest = max(largest, scores_T[j])
     total = scale * 0
     for j in range(begin, end):
-        scores_T[j] = _exp((scores_T[j] - largest) * scale)
+        scores_T[j] = exp((scores_T[j] - largest) * scale)
         total += scores_T[j]
     for j in range(begin, end):
         scores_T[j] /= total
@@ -100,7 +309,7 @@ def _softmax(scores_T: Any, clear_from: int, begin: int, end: int, scale: Any, s
         scores_T[j] = 0
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def write(
     keys_NKD: Any, values_NKD: Any, rows_N: Any, positions_N: Any, tables_SB: Any, keys_BKDL: Any, values_BKLD: Any
 ) -> None:
@@ -115,7 +324,7 @@ def write(
                 values_BKLD[block, h, place, d] = values_NKD[n, h, d]
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def attend(
     queries_NHD: Any,
     tokens_T: Any,
@@ -138,9 +347,12 @@ def attend(
     _, num_query_heads, size = queries_NHD.shape
     num_heads = keys_BKDL.shape[1]
     group = num_query_heads // num_heads
-    most_blocks = tables_SB.shape[1]
+    num_places = tables_SB.shape[1] * _L
+    queries, keys = queries_NHD.reshape(-1), keys_BKDL.reshape(-1)
+    values, outputs = values_BKLD.reshape(-1), outputs_NHD.reshape(-1)
     for lane in prange(lanes):
-        weights_GT = np.empty((group, most_blocks * _L), queries_NHD.dtype)
+        weights_GT = np.empty((group, num_places), queries_NHD.dtype)
+        weights = weights_GT.reshape(-1)
         # Lanes take turns: long and short sequences, and the tokens of a prompt, stand in no order that is fair.
         for item in range(lane, len(tokens_T) * num_heads, lanes):
             n, h = tokens_T[item // num_heads], item % num_heads
@@ -148,47 +360,43 @@ def attend(
             end = positions_N[n] + 1
             begin = max(0, end - window) if window > 0 else 0
             first_block, last_block = begin // _L, (end + _L - 1) // _L
+            first_head = n * num_query_heads + h * group
             for b in range(first_block, last_block):
-                keys_DL = keys_BKDL[table_B[b], h]
-                for g in range(group):
-                    query_D = queries_NHD[n, h * group + g]
-                    scores_L = weights_GT[g, b * _L : b * _L + _L]
-                    for j in range(_L):
-                        scores_L[j] = 0
-                    for d in range(0, size, 8):
-                        q0, q1, q2, q3 = query_D[d], query_D[d + 1], query_D[d + 2], query_D[d + 3]
-                        q4, q5, q6, q7 = query_D[d + 4], query_D[d + 5], query_D[d + 6], query_D[d + 7]
-                        for j in range(_L):
-                            scores_L[j] += (
-                                (q0 * keys_DL[d, j] + q1 * keys_DL[d + 1, j])
-                                + (q2 * keys_DL[d + 2, j] + q3 * keys_DL[d + 3, j])
-                            ) + (
-                                (q4 * keys_DL[d + 4, j] + q5 * keys_DL[d + 5, j])
-                                + (q6 * keys_DL[d + 6, j] + q7 * keys_DL[d + 7, j])
-                            )
+                key_at = (table_B[b] * num_heads + h) * size * _L
+                for g in range(0, group, 4):
+                    at = g * num_places + b * _L
+                    query_at = (first_head + g) * size
+                    _score(
+                        min(4, group - g),
+                        queries,
+                        query_at,
+                        keys,
+                        key_at,
+                        weights,
+                        at,
+                        num_places,
+                        size,
+                    )
             for g in range(group):
                 _softmax(weights_GT[g], first_block * _L, begin, end, scale, softcap)
                 for d in range(size):
                     outputs_NHD[n, h * group + g, d] = 0
             for b in range(first_block, last_block):
-                values_LD = values_BKLD[table_B[b], h]
+                value_at = (table_B[b] * num_heads + h) * size * _L
                 # What lies behind the sequence's end is not even multiplied by 0: it may be anything.
-                num_tokens_here = min(_L, end - b * _L)
-                num_by_eights = num_tokens_here - num_tokens_here % 8
-                for g in range(group):
-                    output_D = outputs_NHD[n, h * group + g]
-                    weights_L = weights_GT[g, b * _L : b * _L + _L]
-                    for j in range(0, num_by_eights, 8):
-                        p0, p1, p2, p3 = weights_L[j], weights_L[j + 1], weights_L[j + 2], weights_L[j + 3]
-                        p4, p5, p6, p7 = weights_L[j + 4], weights_L[j + 5], weights_L[j + 6], weights_L[j + 7]
-                        for d in range(size):
-                            output_D[d] += (
-                                (p0 * values_LD[j, d] + p1 * values_LD[j + 1, d])
-                                + (p2 * values_LD[j + 2, d] + p3 * values_LD[j + 3, d])
-                            ) + (
-                                (p4 * values_LD[j + 4, d] + p5 * values_LD[j + 5, d])
-                                + (p6 * values_LD[j + 6, d] + p7 * values_LD[j + 7, d])
-                            )
-                    for j in range(num_by_eights, num_tokens_here):
-                        for d in range(size):
-                            output_D[d] += weights_L[j] * values_LD[j, d]
+                num_here = min(_L, end - b * _L)
+                for g in range(0, group, 4):
+                    at = g * num_places + b * _L
+                    output_at = (first_head + g) * size
+                    _mix(
+                        min(4, group - g),
+                        weights,
+                        at,
+                        num_places,
+                        values,
+                        value_at,
+                        num_here,
+                        outputs,
+                        output_at,
+                        size,
+                    )

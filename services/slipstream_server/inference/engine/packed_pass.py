@@ -11,6 +11,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,15 @@ class PackedModel:
             raise UnsupportedAttention("a forward without position_ids")
         if not self._model._can_set_attn_implementation():
             raise UnsupportedAttention("attention that does not go through AttentionInterface")
+        self._rotary: Callable[[], AbstractContextManager[None]] = nullcontext
         self._shapes, self._devices = self._probe()
-        self._check()
+        expected_TV = self._expected()
+        if self._is_on_cpu:
+            # Compilers take a second to import, and a GPU does without.
+            from slipstream_server.inference.engine.fusing import FusedLayers
+
+            self._rotary = FusedLayers(self._model).rotary
+        self._check(expected_TV)
 
     @property
     def block_bytes(self) -> int:
@@ -158,7 +166,10 @@ class PackedModel:
         """The model's own logits: those of all positions, or of those that are wanted."""
         is_taken = index_M is not None and self.traits.takes_logits_to_keep
         extra = {"logits_to_keep": index_M} if is_taken else {}
-        output = self._model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra)
+        with self._rotary():
+            output = self._model(
+                input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra
+            )
         logits_MV: torch.Tensor = output.logits[0]
         if index_M is not None and not is_taken:
             logits_MV = logits_MV.index_select(0, index_M.to(logits_MV.device))
@@ -182,12 +193,21 @@ class PackedModel:
             raise UnsupportedAttention("layers that are not all attention")
         return [probe.shapes[layer] for layer in layers], [probe.devices[layer] for layer in layers]
 
+    @property
+    def _probe_ids(self) -> Any:
+        return (np.arange(_PROBE_TOKENS, dtype=np.int64) * 7 + 3) % self.traits.vocab_size
+
     @torch.inference_mode()
-    def _check(self) -> None:
-        """Compare with the model as it was loaded: a prompt over a block's end, in two sequences, in two chunks."""
-        ids = (np.arange(_PROBE_TOKENS, dtype=np.int64) * 7 + 3) % self.traits.vocab_size
-        expected = self._model(input_ids=torch.from_numpy(ids)[None].to(self.traits.device), use_cache=False)
-        expected_TV = expected.logits[0].float()
+    def _expected(self) -> torch.Tensor:
+        """Logits of the probe by the model as it was loaded."""
+        ids = torch.from_numpy(self._probe_ids)[None].to(self.traits.device)
+        logits_TV: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0].float()
+        return logits_TV
+
+    @torch.inference_mode()
+    def _check(self, expected_TV: torch.Tensor) -> None:
+        """Compare: a prompt over a block's end, in two sequences, in two chunks."""
+        ids = self._probe_ids
         self.use(4)
         try:
             first, second = np.arange(BLOCK_TOKENS - 3), np.arange(BLOCK_TOKENS - 3, _PROBE_TOKENS)

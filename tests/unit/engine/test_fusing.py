@@ -1,0 +1,120 @@
+"""Fused operations answer what the modules and functions they replace would."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PhiConfig, PretrainedConfig, Qwen3Config
+
+from slipstream_server.inference.engine.fusing import FusedLayers
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LLAMA = LlamaConfig(**SIZES, head_dim=16)
+# By hand: norms (two a layer, and the last one; with norms of queries and keys; with those behind each part) and gates.
+COUNTS = [
+    (LLAMA, 5 + 2),
+    (Qwen3Config(**SIZES, head_dim=16), 9 + 2),
+    (Gemma3TextConfig(**SIZES, head_dim=16), 13),
+    (PhiConfig(**SIZES), 0),
+]
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("config", "count"), COUNTS, ids=lambda value: getattr(value, "model_type", None))
+@torch.inference_mode()
+def test_a_fused_model_answers_the_same(config: PretrainedConfig, count: int, dtype: torch.dtype) -> None:
+    model = model_of(config, dtype)
+    plain = copy.deepcopy(model)
+    fused = FusedLayers(model)
+    assert fused.count == count
+    ids = torch.randint(0, 97, (1, 23))
+    with fused.rotary():
+        found = model(ids, use_cache=False).logits.float()
+    expected = plain(ids, use_cache=False).logits.float()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
+
+
+@torch.inference_mode()
+def test_several_rows_and_other_dtypes_are_left_to_the_model() -> None:
+    model = model_of(LLAMA, torch.float32)
+    plain = copy.deepcopy(model)
+    fused = FusedLayers(model)
+    ids = torch.randint(0, 97, (3, 11))
+    with fused.rotary():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, plain(ids, use_cache=False).logits)
+    norm, states = model.model.norm, torch.randn(2, 5, 64, dtype=torch.float64)
+    torch.testing.assert_close(norm(states), plain.model.norm(states))
+
+
+@torch.inference_mode()
+def test_states_that_do_not_lie_together_are_read_where_they_are() -> None:
+    model = model_of(LLAMA, torch.float32)
+    plain = copy.deepcopy(model)
+    fused = FusedLayers(model)
+    source = sys.modules[type(model.model).__module__]
+    whole = torch.randn(1, 7, 4 * 16 + 2 * 16 + 5)
+    queries, keys = (whole[..., a:b].view(1, 7, -1, 16).transpose(1, 2) for a, b in ((0, 64), (64, 96)))
+    cos, sin = plain.model.rotary_emb(whole, torch.arange(7)[None])
+    expected = source.apply_rotary_pos_emb(queries, keys, cos, sin)
+    with fused.rotary():
+        found = source.apply_rotary_pos_emb(queries, keys, cos, sin)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(model.model.norm(whole[..., 2:66]), plain.model.norm(whole[..., 2:66]))
+
+
+@torch.inference_mode()
+def test_the_models_source_is_as_it_was_afterwards() -> None:
+    model = model_of(LLAMA, torch.float32)
+    source = sys.modules[type(model.model).__module__]
+    original = source.apply_rotary_pos_emb
+    fused = FusedLayers(model)
+    with pytest.raises(KeyError), fused.rotary():
+        assert source.apply_rotary_pos_emb is not original
+        raise KeyError
+    assert source.apply_rotary_pos_emb is original
+
+
+@torch.inference_mode()
+def test_float64_is_not_fused() -> None:
+    assert FusedLayers(model_of(LLAMA, torch.float64)).count == 0
+
+
+@torch.inference_mode()
+def test_a_layer_that_only_looks_like_one_is_left_alone() -> None:
+    model = model_of(LLAMA, torch.float32)
+    model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    model.model.norm.forward = lambda states: states * 2
+    assert FusedLayers(model).count == 5 + 2 - 2
+
+
+@torch.inference_mode()
+def test_what_is_no_number_stays_none() -> None:
+    model = model_of(LLAMA, torch.bfloat16)
+    FusedLayers(model)
+    states = torch.ones(1, 2, 64, dtype=torch.bfloat16)
+    states[0, 1, 3] = torch.nan
+    found = model.model.norm(states)
+    assert bool(found[0, 0].isfinite().all())
+    assert bool(found[0, 1].isnan().all())
