@@ -434,10 +434,17 @@ def test_scores_that_are_no_numbers_fail_their_own_request(
         return logits_MV
 
     monkeypatch.setattr(PackedModel, "run", run)
-    failed, answered = ContinuousBench(model, max_draft_tokens=max_draft_tokens).run(poisoned, fine)
+    bench = ContinuousBench(model, max_draft_tokens=max_draft_tokens)
+    failed, answered = bench.run(poisoned, fine)
     assert failed.failure is not None
     assert "not numbers" in failed.failure.message
+    expected = list(alone("llama", poisoned.prompt_token_ids, 30))
+    assert all(tokens == expected[: len(tokens)] for tokens in failed.tokens.values()), "tokens of scores that are none"
     assert answered.tokens[0] == list(alone("llama", fine.prompt_token_ids, 12))
+    # What it computed may be no numbers either: nothing from before is read again.
+    (again,) = bench.run(request(fine.prompt_token_ids, 12))
+    assert again.tokens == answered.tokens
+    assert bench.engine._scheduler.num_prefix_hits == 0
 
 
 def test_a_request_larger_than_the_memory_is_refused_with_the_numbers() -> None:
@@ -626,31 +633,36 @@ def speaking() -> PackedModel:
     return PackedModel(Traits.of(LlamaForCausalLM(config).to(torch.float64).eval()))
 
 
-def test_constrained_answers_match_beside_others_that_are_not(speaking: PackedModel, folder: Path) -> None:
-    """Compiled beside the engine; guides survive forwards that fail in company."""
+def test_constrained_answers_match_beside_others_that_are_not(
+    speaking: PackedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled beside the engine, drawn or greedy; guides survive forwards that fail in company."""
     bench = ContinuousBench(speaking, 7, grammars=Grammars(folder, 400), max_step_tokens=40, max_draft_tokens=4)
     pattern = r"[a-c]{40,50}/(cat|dog)s?"
     stopping = Stopping(max_new_tokens=80, eos_token_ids=(1,))
     guided = [
         request(
-            (5, 6, 7 + seed) * 10, stopping=stopping, sampling=Sampling(do_sample=True, seed=seed),
+            (5, 6, 7 + seed) * 10, stopping=stopping, sampling=Sampling(do_sample=seed > 0, seed=seed),
             constraint=Constraint(kind="regex", text=pattern), num_return_sequences=2,
         )
         for seed in range(4)
     ]  # fmt: skip
     free = request((9, 8, 7), 40)
     bad = request((9, 8), 4, constraint=Constraint(kind="regex", text=r"(a)\1"))
-    calls = []
+    original, sizes = PackedModel.run, []
 
-    def choke(ids: Any) -> None:
-        calls.append(len(ids))
-        if len(calls) % 7 == 0 and len(ids) > 1:
+    def run(self: PackedModel, chunks: Any, slots: Any) -> torch.Tensor:
+        sizes.append(len(chunks))
+        if len(sizes) % 7 == 0 and len(chunks) > 1:
             raise RuntimeError("injected")
+        return original(self, chunks, slots)
 
     bench.submit(*guided, free, bad)
-    with forwards_that(speaking, choke):
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedModel, "run", run)
         while bench.engine.wait_s() is not None:
             bench.step()
+    assert any(size > 1 for size in sizes[6::7]), "no forward has failed"
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for each in guided:
         answer = bench.answers[each.id]
