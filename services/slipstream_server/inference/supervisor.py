@@ -28,7 +28,8 @@ from slipstream_server.storage.columns import utc_now
 
 _log = logging.getLogger(__name__)
 
-_LEAST_LOADING_S = 2.0
+# Bounds of what callers are told of a load: the next one may be quicker, and asking again costs little.
+_LEAST_LOADING_S, _MOST_LOADING_S = 2.0, 15.0
 
 
 class ModelState(StrEnum):
@@ -113,7 +114,7 @@ class WorkerSupervisor:
     @property
     def retry_after_s(self) -> float:
         """When a caller who found the model not ready may try again: by how long it took to load before."""
-        loading_s = max(_LEAST_LOADING_S, self._load_s)
+        loading_s = min(max(_LEAST_LOADING_S, self._load_s), _MOST_LOADING_S)
         return loading_s + (self._policy.delay_s(self._deaths_in_a_row) if self._deaths_in_a_row else 0.0)
 
     async def run(self) -> None:
