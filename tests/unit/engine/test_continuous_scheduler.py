@@ -323,6 +323,22 @@ def test_of_a_prompt_that_is_known_to_its_end_the_last_block_is_computed_again()
     assert second.row.num_generated == 1
 
 
+def test_a_prefix_that_lies_idle_is_no_room_for_who_reads_it() -> None:
+    """Three blocks are kept of the first and one is free, when three more than those are wanted."""
+    driver = Driver(6, limits(max_step_tokens=256))
+    first, other = sequence([1] * 96, 1), sequence([2] * 33, 20)
+    driver.scheduler.add(first)
+    driver.drain(20)
+    driver.scheduler.add(other)
+    driver.step()
+    reader = sequence([1] * 96 + [3] * 64, 1)
+    driver.scheduler.add(reader)
+    driver.step()
+    assert (other.is_running, reader.is_running) == (True, False)
+    driver.drain(100)
+    assert reader.num_cached == 96
+
+
 @pytest.mark.parametrize("ends", ["cancelled", "preempted"])
 def test_a_prefix_that_never_comes_is_computed_by_who_waits_for_it(ends: str) -> None:
     driver = Driver(12, limits(max_step_tokens=32))
