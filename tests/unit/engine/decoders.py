@@ -22,6 +22,7 @@ _GEMMA = {**_LLAMA, **_SPREAD, "head_dim": 8, "tie_word_embeddings": False}
 BUILDERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, **_SPREAD)),
     "llama-biased": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, **_SPREAD, attention_bias=True)),
+    "llama-odd-heads": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_LLAMA, **_SPREAD, head_dim=10)),
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_LLAMA, **_SPREAD)),
     "qwen2-sliding": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_QWEN2)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_LLAMA, **_SPREAD, head_dim=8)),

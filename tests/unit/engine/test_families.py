@@ -13,13 +13,14 @@ from tests.unit.engine.decoders import VOCAB, build
 from tests.unit.engine.driving import generate_alone, prompts, request
 from tests.unit.models.tokenizer_folders import byte_level, save_folder
 
+from slipstream_server.inference.engine import gathered_attention
 from slipstream_server.inference.engine.assembly import assemble
+from slipstream_server.inference.engine.gpu_memory import GpuMemory
 from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.paged_attention import (
     CpuMemory,
     LayerShape,
     Layout,
-    TorchMemory,
     UnsupportedAttention,
 )
 from slipstream_server.inference.engine.passes import Traits
@@ -28,7 +29,7 @@ from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.load_options import LoadOptions
 
 CONTINUOUS = [
-    "llama-biased", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma3", "phi", "phi3", "gpt2",
+    "llama-biased", "llama-odd-heads", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma3", "phi", "phi3", "gpt2",
     "opt", "gpt_neox", "stablelm",
 ]  # fmt: skip
 # Experts multiply in float32 at most, and Gemma 2's own softmax is in float32.
@@ -143,7 +144,7 @@ def random_step(generator: np.random.Generator, shape: LayerShape, num_queries: 
 def test_the_memory_of_other_devices_answers_as_that_of_the_cpu(window: int, softcap: float, num_queries: int) -> None:
     shape = LayerShape(num_heads=2, key_size=16, value_size=16)
     cpu = CpuMemory([shape], 8, torch.float64)
-    other = TorchMemory([shape], 8, torch.float64, [torch.device("cpu")])
+    other = GpuMemory([shape], 8, torch.float64, [torch.device("cpu")], gathered_attention)
     generator = np.random.default_rng(3)
     past = Layout(
         rows_N=np.repeat(np.arange(2, dtype=np.int32), [40, 65]),
@@ -169,7 +170,7 @@ def test_a_model_runs_from_the_memory_of_other_devices(monkeypatch: pytest.Monke
     model = PackedModel(Traits.of(build("gemma3")))
     asked = prompts([1, 45, 70])
     answers = ContinuousBench(model, max_step_tokens=40).run(*[request(prompt, 10) for prompt in asked])
-    assert isinstance(model._memory, TorchMemory)
+    assert isinstance(model._memory, GpuMemory)
     assert [a.tokens[0] for a in answers] == [
         generate_alone(reference("gemma3"), prompt, max_new_tokens=10) for prompt in asked
     ]

@@ -24,7 +24,6 @@ from numba.extending import intrinsic, overload
 
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 
-HEAD_SIZE_MULTIPLE = 8
 _L = BLOCK_TOKENS
 # Vectors of so many items, whatever the processor has: one of its own, or two.
 _LANES = 8

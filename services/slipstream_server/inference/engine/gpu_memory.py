@@ -1,4 +1,4 @@
-"""KV memory on GPUs: blocks ``[B, K, L, D]`` in the model's dtype, and the kernels that read them.
+"""KV memory on GPUs, and where a CPU's kernels do not fit: blocks ``[B, K, L, D]`` in the model's dtype.
 
 ``new_gpu_memory`` takes the Triton kernels where they work (triton comes with CUDA builds of torch, and wants a C
 compiler), else plain torch (gathered_attention). A step's tables go to each device that has a layer, once a step,

@@ -29,7 +29,6 @@ from slipstream_server.inference.engine.paged_attention import (
     LayerShape,
     Layout,
     ShapeProbe,
-    TorchMemory,
     UnsupportedAttention,
     cpu_item_dtype,
     seat,
@@ -145,11 +144,9 @@ class PackedModel:
         return all(device.type == "cpu" for device in self._devices)
 
     def _new_memory(self, num_blocks: int) -> KVMemory:
-        if self._is_on_cpu:
+        if self._is_on_cpu and CpuMemory.fits(self._shapes):
             return CpuMemory(self._shapes, num_blocks, self._model.dtype)
-        if all(device.type == "cuda" for device in self._devices):
-            return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
-        return TorchMemory(self._shapes, num_blocks, self._item_dtype, self._devices)
+        return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
 
     def _forward(self, token_ids: Any, positions: Any, wanted: Any) -> torch.Tensor:
         device = self.traits.device

@@ -4,8 +4,8 @@ A model whose attention goes through transformers' AttentionInterface is told to
 attention modules hand queries, keys and values of the step's tokens to the KV memory that ``seat`` has given them; no
 cache object and no mask is needed: who sees what follows from positions and block tables alone.
 
-    CpuMemory     Numba kernels on blocks (cpu_attention says why)
-    TorchMemory   any device, plain torch: gathers each sequence's blocks
+    CpuMemory     Numba kernels on blocks (cpu_attention says why), prompts in tiles
+    GpuMemory     Triton kernels on blocks, or plain torch on gathered ones (gpu_memory)
 
 Engine thread. Shapes: N tokens of the step, S sequences, H query heads, K key heads, D head size, B blocks, L tokens
 in a block, T tokens of one sequence.
@@ -27,6 +27,9 @@ from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 ATTENTION = "slipstream_paged"
 
 _SEAT = "slipstream_kv"
+
+# The vectors of cpu_attention.
+_HEAD_SIZE_MULTIPLE = 8
 
 # From so many tokens of one sequence on, its blocks are gathered and attended to in tiles, each read once for many
 # tokens: 256 tokens behind 1,000 take 7 ms instead of 31. Below, blocks are read in place.
@@ -96,21 +99,23 @@ class _Span:
         """What is added to the scores ``[tokens, end]``: 0 where a token sees another, else less than any number."""
         if window not in self._masks:
             num_tokens = self.tokens.stop - self.tokens.start
-            allowed = _allowed(num_tokens, self.end, window, torch.device("cpu"))
-            zeros = torch.zeros((num_tokens, self.end), dtype=dtype)
-            self._masks[window] = zeros if allowed is None else zeros.masked_fill_(~allowed, -torch.inf)
+            distance_TT = torch.arange(self.end - num_tokens, self.end)[:, None] - torch.arange(self.end)
+            is_seen = (distance_TT >= 0) & (distance_TT < window) if window else distance_TT >= 0
+            self._masks[window] = torch.zeros(is_seen.shape, dtype=dtype).masked_fill_(~is_seen, -torch.inf)
         return self._masks[window]
 
 
 class CpuMemory:
     """Blocks in main memory, in float32 (float64 for models of that)."""
 
+    @staticmethod
+    def fits(shapes: Sequence[LayerShape]) -> bool:
+        """Whether the kernels can read such keys and values."""
+        return all(shape.key_size == shape.value_size and not shape.key_size % _HEAD_SIZE_MULTIPLE for shape in shapes)
+
     def __init__(self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype) -> None:
         from slipstream_server.inference.engine import cpu_attention
 
-        for shape in shapes:
-            if shape.key_size != shape.value_size or shape.key_size % cpu_attention.HEAD_SIZE_MULTIPLE:
-                raise UnsupportedAttention(f"head sizes of {shape.key_size} and {shape.value_size}")
         self._kernels = cpu_attention
         self._dtype = cpu_item_dtype(dtype)
         numpy_dtype = torch.empty(0, dtype=self._dtype).numpy().dtype
@@ -173,75 +178,13 @@ class CpuMemory:
         keys_KTD = keys_BKDL.permute(1, 0, 3, 2).flatten(1, 2)[:, : span.end]
         values_KTD = values_BKLD.transpose(0, 1).flatten(1, 2)[:, : span.end]
         mask_TT = span.mask(window, self._dtype)
-        outputs_HTD = _attention(queries_THD.transpose(0, 1), keys_KTD, values_KTD, mask_TT, scale, 0)
-        return outputs_HTD.transpose(0, 1)
+        outputs_1HTD = torch.nn.functional.scaled_dot_product_attention(
+            queries_THD.transpose(0, 1)[None], keys_KTD[None], values_KTD[None], mask_TT, scale=scale, enable_gqa=True
+        )
+        return outputs_1HTD[0].transpose(0, 1)
 
     def _by_token(self, states: torch.Tensor) -> torch.Tensor:
         return states[0].transpose(0, 1).to(self._dtype).contiguous()
-
-
-class TorchMemory:
-    """Blocks on any device, through plain torch operations."""
-
-    def __init__(
-        self, shapes: Sequence[LayerShape], num_blocks: int, dtype: torch.dtype, devices: Sequence[torch.device]
-    ) -> None:
-        num_tokens = num_blocks * BLOCK_TOKENS
-        self._keys = [
-            torch.zeros((num_tokens, s.num_heads, s.key_size), dtype=dtype, device=device)
-            for s, device in zip(shapes, devices, strict=True)
-        ]
-        self._values = [
-            torch.zeros((num_tokens, s.num_heads, s.value_size), dtype=dtype, device=device)
-            for s, device in zip(shapes, devices, strict=True)
-        ]
-        self._layout: Layout | None = None
-        self._places: dict[torch.device, tuple[torch.Tensor, list[torch.Tensor]]] = {}
-
-    def lay_out(self, layout: Layout) -> None:
-        self._layout = layout
-        self._places = {}
-
-    def attend(
-        self,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        *,
-        scale: float,
-        window: int,
-        softcap: float,
-    ) -> torch.Tensor:
-        layout = self._layout
-        assert layout is not None
-        written_N, read_ST = self._places_on(keys.device)
-        self._keys[layer].index_copy_(0, written_N, keys[0].transpose(0, 1))
-        self._values[layer].index_copy_(0, written_N, values[0].transpose(0, 1))
-        outputs = []
-        for row, read_T in enumerate(read_ST):
-            start, end = layout.starts[row], layout.starts[row + 1]
-            keys_KTD = self._keys[layer].index_select(0, read_T).transpose(0, 1)
-            values_KTD = self._values[layer].index_select(0, read_T).transpose(0, 1)
-            allowed = _allowed(end - start, len(read_T), window, keys.device)
-            outputs.append(_attention(queries[0, :, start:end], keys_KTD, values_KTD, allowed, scale, softcap))
-        return torch.cat(outputs, dim=1).transpose(0, 1)[None]
-
-    def _places_on(self, device: torch.device) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Flat places that the step's tokens are written to, and those of each sequence's tokens up to its last."""
-        if device not in self._places:
-            layout = self._layout
-            assert layout is not None
-            blocks_N = layout.tables_SB[layout.rows_N, layout.positions_N // BLOCK_TOKENS].astype(np.int64)
-            written_N = blocks_N * BLOCK_TOKENS + layout.positions_N % BLOCK_TOKENS
-            read_ST = []
-            for row, end in enumerate(layout.starts[1:]):
-                positions_T = np.arange(int(layout.positions_N[end - 1]) + 1)
-                blocks_T = layout.tables_SB[row, positions_T // BLOCK_TOKENS].astype(np.int64)
-                places_T = blocks_T * BLOCK_TOKENS + positions_T % BLOCK_TOKENS
-                read_ST.append(torch.from_numpy(places_T).to(device))
-            self._places[device] = (torch.from_numpy(written_N).to(device), read_ST)
-        return self._places[device]
 
 
 class ShapeProbe:
@@ -319,33 +262,3 @@ def _attend_from_blocks(
 
 
 AttentionInterface.register(ATTENTION, _attend_from_blocks)
-
-
-def _allowed(num_queries: int, num_keys: int, window: int, device: torch.device) -> torch.Tensor | None:
-    """Which keys the last ``num_queries`` tokens see, ``[queries, keys]``; None for all."""
-    if num_queries == 1 and not 0 < window < num_keys:
-        return None
-    distance = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    distance = distance - torch.arange(num_keys, device=device)[None]
-    return (distance >= 0) & (distance < window) if window else distance >= 0
-
-
-def _attention(
-    queries_HND: torch.Tensor,
-    keys_KTD: torch.Tensor,
-    values_KTD: torch.Tensor,
-    allowed_NT: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-) -> torch.Tensor:
-    """Outputs ``[H, N, D]`` of one sequence."""
-    if not softcap:
-        return torch.nn.functional.scaled_dot_product_attention(
-            queries_HND[None], keys_KTD[None], values_KTD[None], allowed_NT, scale=scale, enable_gqa=True
-        )[0]
-    group = queries_HND.shape[0] // keys_KTD.shape[0]
-    keys_HTD, values_HTD = (states.repeat_interleave(group, dim=0) for states in (keys_KTD, values_KTD))
-    scores_HNT = softcap * torch.tanh(queries_HND @ keys_HTD.transpose(1, 2) * (scale / softcap))
-    if allowed_NT is not None:
-        scores_HNT = scores_HNT.masked_fill(~allowed_NT, -torch.inf)
-    return scores_HNT.float().softmax(dim=-1).to(values_HTD.dtype) @ values_HTD
