@@ -35,9 +35,16 @@ def written_out(
     return np.stack(outputs)
 
 
+def rounded(numbers: np.ndarray[Any, Any], dtype: torch.dtype) -> np.ndarray[Any, Any]:
+    """The numbers that are there in ``dtype``."""
+    return torch.from_numpy(numbers).to(dtype).double().numpy()
+
+
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (40, 0.0), (0, 5.0), (9, 3.0)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.02)], ids=str
+)
 def test_attention_from_blocks(
     dtype: torch.dtype, tolerance: float, shape: tuple[int, int, int], window: int, softcap: float
 ) -> None:
@@ -46,7 +53,7 @@ def test_attention_from_blocks(
     num_blocks = len(SEQUENCES) * TABLE_BLOCKS
     tables = random.permutation(num_blocks).astype(np.int32).reshape(-1, TABLE_BLOCKS)
     memory = CpuMemory([LayerShape(num_heads=num_heads, key_size=size, value_size=size)], num_blocks, dtype)
-    states = [random.standard_normal((2, start + count, num_heads, size)) for start, count in SEQUENCES]
+    states = [rounded(random.standard_normal((2, start + count, num_heads, size)), dtype) for start, count in SEQUENCES]
 
     def run(spans: list[tuple[int, int]], queries_NHD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         counts = [count for _, count in spans]
@@ -63,16 +70,17 @@ def test_attention_from_blocks(
         )
         given = [torch.from_numpy(a).to(dtype).transpose(0, 1)[None] for a in (queries_NHD, keys, values)]
         found = memory.attend(0, *given, scale=size**-0.5, window=window, softcap=softcap)
-        return found[0].numpy()
+        return found[0].double().numpy()
 
     before = [(0, start) for start, _ in SEQUENCES]
     run(before, np.zeros((sum(start for start, _ in SEQUENCES), num_query_heads, size)))
+    nan = 0x7FC0 if dtype == torch.bfloat16 else np.nan
     # What lies behind a sequence's end is nobody's, and may be anything.
     for row, (start, count) in enumerate(SEQUENCES):
         block, place = tables[row, (start + count - 1) // BLOCK_TOKENS], (start + count - 1) % BLOCK_TOKENS
-        memory._keys[0][block, :, :, place + 1 :] = np.nan
-        memory._values[0][block, :, place + 1 :] = np.nan
-    queries = random.standard_normal((sum(count for _, count in SEQUENCES), num_query_heads, size))
+        memory._keys[0][block, :, :, place + 1 :] = nan
+        memory._values[0][block, :, place + 1 :] = nan
+    queries = rounded(random.standard_normal((sum(count for _, count in SEQUENCES), num_query_heads, size)), dtype)
     found = run(SEQUENCES, queries)
     expected = [
         written_out(queries[n], both[0, : start + i + 1], both[1, : start + i + 1], size**-0.5, window, softcap)

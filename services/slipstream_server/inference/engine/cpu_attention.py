@@ -94,22 +94,28 @@ def _compile_exp(x: Any) -> Any:
 
 
 class _Flat:
-    """A contiguous array argument of an intrinsic, as vectors and scalars in memory."""
+    """A contiguous array argument of an intrinsic, as vectors and scalars in memory. bfloat16 is read as float32."""
 
     def __init__(self, context: Any, builder: Any, kind: Any, value: Any) -> None:
         self._builder = builder
         self._data = context.make_array(kind)(context, builder, value).data
+        self._is_bfloat16 = kind.dtype == types.uint16
         self._vector = ir.VectorType(self._data.type.pointee, _LANES)
-        self.align = kind.dtype.bitwidth // 8
+        self._align = kind.dtype.bitwidth // 8
+
+    def load(self, offset: Any, number: int) -> Any:
+        vector = self._builder.load(self._place(offset, number), align=self._align)
+        if not self._is_bfloat16:
+            return vector
+        bits = ir.VectorType(ir.IntType(32), _LANES)
+        upper = self._builder.shl(self._builder.zext(vector, bits), ir.Constant(bits, [16] * _LANES))
+        return self._builder.bitcast(upper, ir.VectorType(ir.FloatType(), _LANES))
+
+    def store(self, vector: Any, offset: Any, number: int) -> None:
+        self._builder.store(vector, self._place(offset, number), align=self._align)
 
     def zeros(self) -> Any:
         return ir.Constant(self._vector, None)
-
-    def load(self, offset: Any, number: int = 0) -> Any:
-        return self._builder.load(self._place(offset, number), align=self.align)
-
-    def store(self, vector: Any, offset: Any, number: int) -> None:
-        self._builder.store(vector, self._place(offset, number), align=self.align)
 
     def splat(self, offset: Any) -> Any:
         """One item in all places of a vector."""
@@ -150,9 +156,7 @@ def _scores_of(num_rows: int) -> Any:
             queries, keys, scores = (_Flat(context, builder, kinds[i], values[i]) for i in (0, 2, 4))
             _, query_at, _, key_at, _, score_at, stride, size = values
             num_vectors = _L // _LANES
-            sums = [cgutils.alloca_once_value(builder, keys.zeros()) for _ in range(num_rows * num_vectors)]
-            for place in sums:
-                builder.store(keys.zeros(), place)
+            sums = _sums(builder, scores, num_rows * num_vectors)
             with cgutils.for_range(builder, size) as loop:
                 key = builder.add(key_at, builder.mul(loop.index, ir.Constant(size.type, _L)))
                 columns = [keys.load(key, v) for v in range(num_vectors)]
@@ -196,7 +200,7 @@ def _mix_of(num_rows: int, num_vectors: int) -> Any:
             weights, values, outputs = (_Flat(context, builder, kinds[i], arguments[i]) for i in (0, 3, 6))
             _, weight_at, stride, _, value_at, num_tokens, _, output_at, size = arguments
             rows = [builder.add(output_at, builder.mul(size, ir.Constant(size.type, r))) for r in range(num_rows)]
-            sums = [cgutils.alloca_once_value(builder, values.zeros()) for _ in range(num_rows * num_vectors)]
+            sums = _sums(builder, outputs, num_rows * num_vectors)
             for r, row in enumerate(rows):
                 for v in range(num_vectors):
                     builder.store(outputs.load(row, v), sums[r * num_vectors + v])
@@ -217,6 +221,14 @@ def _mix_of(num_rows: int, num_vectors: int) -> Any:
         return types.void(weights, at, at, values, at, at, outputs, at, at), generate
 
     return mix
+
+
+def _sums(builder: Any, array: _Flat, count: int) -> list[Any]:
+    """Places for vectors like the array's, zero each time the code comes by."""
+    places = [cgutils.alloca_once_value(builder, array.zeros()) for _ in range(count)]
+    for place in places:
+        builder.store(array.zeros(), place)
+    return places
 
 
 def _add_product(builder: Any, place: Any, factor: Any, column: Any) -> None:
@@ -341,7 +353,8 @@ def attend(
     """The tokens numbered in ``tokens_T`` attend, each to its own sequence up to itself: to the last ``window`` tokens
     of it, where that is not 0. The outputs of all others stay as they are.
 
-    ``softcap`` 0: none. ``scale`` and ``softcap`` are of the arrays' dtype. ``lanes``: threads to share the work.
+    ``softcap`` 0: none. ``scale`` and ``softcap`` are of the queries' dtype, keys and
+    values too, or bfloat16 as uint16. ``lanes``: threads to share the work.
     """
     _, num_query_heads, size = queries_NHD.shape
     num_heads = keys_BKDL.shape[1]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from slipstream_server.inference.engine import fused_kernels
+from slipstream_server.inference.engine.paged_attention import numpy_items
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PROBE_TOKENS = 3
@@ -79,7 +80,7 @@ class _FusedNorm:
     ) -> None:
         self._original = original
         self._dtype = weight.dtype
-        self._weight_W = _items(weight)
+        self._weight_W = numpy_items(weight)
         self._eps, self._offset = np.float32(eps), np.float32(offset)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
@@ -87,7 +88,7 @@ class _FusedNorm:
             return self._original(states)
         states_NW = states.reshape(-1, states.shape[-1])
         outputs_NW = torch.empty_like(states_NW)
-        fused_kernels.norm(_items(states_NW), self._weight_W, self._eps, self._offset, _items(outputs_NW))
+        fused_kernels.norm(numpy_items(states_NW), self._weight_W, self._eps, self._offset, numpy_items(outputs_NW))
         return outputs_NW.view(states.shape)
 
 
@@ -113,7 +114,7 @@ class _FusedGates:
             return self._original(states)
         gates, ups = self._gate(states)[0], self._up(states)[0]
         outputs_NW = torch.empty(gates.shape, dtype=gates.dtype)
-        fused_kernels.silu_times(_flat(gates), gates.stride(0), _flat(ups), ups.stride(0), _items(outputs_NW))
+        fused_kernels.silu_times(_flat(gates), gates.stride(0), _flat(ups), ups.stride(0), numpy_items(outputs_NW))
         result: torch.Tensor = self._down(outputs_NW[None])
         return result
 
@@ -140,7 +141,7 @@ def _fused_rotary(original: Rotary) -> Rotary:
         is_plain = not args and not kwargs and cos.shape == sin.shape == (1, queries.shape[2], queries.shape[3])
         if not is_plain or any(state.dtype != queries.dtype or state.stride(-1) != 1 for state in states):
             return original(queries, keys, cos, sin, *args, **kwargs)
-        cos_ND, sin_ND = _items(cos[0].contiguous()), _items(sin[0].contiguous())
+        cos_ND, sin_ND = numpy_items(cos[0].contiguous()), numpy_items(sin[0].contiguous())
         return _rotated(queries, cos_ND, sin_ND), _rotated(keys, cos_ND, sin_ND)
 
     return rotary
@@ -150,19 +151,14 @@ def _rotated(states: torch.Tensor, cos_ND: npt.NDArray[Any], sin_ND: npt.NDArray
     """``[1, H, N, D]``, in memory by tokens."""
     _, num_heads, num_tokens, size = states.shape
     outputs_NHD = torch.empty((num_tokens, num_heads, size), dtype=states.dtype)
-    fused_kernels.rotate(_flat(states), states.stride(2), states.stride(1), cos_ND, sin_ND, _items(outputs_NHD))
+    fused_kernels.rotate(_flat(states), states.stride(2), states.stride(1), cos_ND, sin_ND, numpy_items(outputs_NHD))
     return outputs_NHD.transpose(0, 1)[None]
-
-
-def _items(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """A contiguous tensor for the kernels."""
-    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The memory from a tensor's first item to its last."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return _items(tensor.as_strided((length,), (1,)))
+    return numpy_items(tensor.as_strided((length,), (1,)))
 
 
 def _random(*shape: int) -> torch.Tensor:

@@ -106,7 +106,7 @@ class _Span:
 
 
 class CpuMemory:
-    """Blocks in main memory, in float32 (float64 for models of that)."""
+    """Blocks in main memory, in bfloat16, float32 or float64 as the model is; of bfloat16, sums are in float32."""
 
     @staticmethod
     def fits(shapes: Sequence[LayerShape]) -> bool:
@@ -118,11 +118,12 @@ class CpuMemory:
 
         self._kernels = cpu_attention
         self._dtype = cpu_item_dtype(dtype)
-        numpy_dtype = torch.empty(0, dtype=self._dtype).numpy().dtype
-        self._scalar = numpy_dtype.type
+        self._sums_dtype = torch.promote_types(self._dtype, torch.float32)
+        self._scalar = numpy_items(torch.empty(0, dtype=self._sums_dtype)).dtype.type
+        kind = numpy_items(torch.empty(0, dtype=self._dtype)).dtype
         # Zeroed pages cost nothing until they are written to.
-        self._keys = [np.zeros((num_blocks, s.num_heads, s.key_size, BLOCK_TOKENS), numpy_dtype) for s in shapes]
-        self._values = [np.zeros((num_blocks, s.num_heads, BLOCK_TOKENS, s.value_size), numpy_dtype) for s in shapes]
+        self._keys = [np.zeros((num_blocks, s.num_heads, s.key_size, BLOCK_TOKENS), kind) for s in shapes]
+        self._values = [np.zeros((num_blocks, s.num_heads, BLOCK_TOKENS, s.value_size), kind) for s in shapes]
         self._layout: Layout | None = None
 
     def lay_out(self, layout: Layout) -> None:
@@ -147,8 +148,9 @@ class CpuMemory:
         assert layout is not None
         places = (layout.rows_N, layout.positions_N, layout.tables_SB)
         pools = (self._keys[layer], self._values[layer])
-        queries_NHD = self._by_token(queries)
-        self._kernels.write(self._by_token(keys).numpy(), self._by_token(values).numpy(), *places, *pools)
+        queries_NHD = _by_token(queries, self._sums_dtype)
+        keys_NKD, values_NKD = (numpy_items(_by_token(states, self._dtype)) for states in (keys, values))
+        self._kernels.write(keys_NKD, values_NKD, *places, *pools)
         outputs_NHD = torch.empty_like(queries_NHD)
         tokens, spans = (self._all_tokens, []) if softcap else (self._few_tokens, self._spans)
         if len(tokens):
@@ -172,19 +174,19 @@ class CpuMemory:
     ) -> torch.Tensor:
         """Outputs ``[T, H, D]`` of a prompt's tokens."""
         blocks = torch.from_numpy(span.blocks)
-        keys_BKDL = torch.from_numpy(self._keys[layer]).index_select(0, blocks)
-        values_BKLD = torch.from_numpy(self._values[layer]).index_select(0, blocks)
+        keys_BKDL, values_BKLD = (
+            torch.from_numpy(pool[layer]).view(self._dtype).index_select(0, blocks)
+            for pool in (self._keys, self._values)
+        )
         # What lies behind the sequence's end may be anything, and is cut off.
         keys_KTD = keys_BKDL.permute(1, 0, 3, 2).flatten(1, 2)[:, : span.end]
         values_KTD = values_BKLD.transpose(0, 1).flatten(1, 2)[:, : span.end]
         mask_TT = span.mask(window, self._dtype)
+        queries_THD = queries_THD.to(self._dtype)
         outputs_1HTD = torch.nn.functional.scaled_dot_product_attention(
             queries_THD.transpose(0, 1)[None], keys_KTD[None], values_KTD[None], mask_TT, scale=scale, enable_gqa=True
         )
         return outputs_1HTD[0].transpose(0, 1)
-
-    def _by_token(self, states: torch.Tensor) -> torch.Tensor:
-        return states[0].transpose(0, 1).to(self._dtype).contiguous()
 
 
 class ShapeProbe:
@@ -229,7 +231,16 @@ def seat(model: Any, memory: KVMemory) -> int:
 
 def cpu_item_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a model of ``dtype`` keeps its keys and values in on a CPU."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype in (torch.float64, torch.bfloat16) else torch.float32
+
+
+def numpy_items(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """A contiguous tensor for compiled kernels: bfloat16, which numpy does not have, as the uint16 of its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _by_token(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return states[0].transpose(0, 1).to(dtype).contiguous()
 
 
 def _attends(module: Any) -> bool:
