@@ -21,6 +21,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from slipstream_server.inference.engine import drawing
 from slipstream_server.inference.engine.core import Row
 from slipstream_server.inference.engine.drawing import Sampler, filtered
 from slipstream_server.inference.engine.draws import uniforms
@@ -118,6 +119,16 @@ def test_draws_follow_the_distribution() -> None:
     Sampler(rows, torch.device("cpu")).choose(scores, tokens)
     shares = [count / 20_000 for _, count in sorted(Counter(tokens.tolist()).items())]
     assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.015)
+
+
+@pytest.mark.parametrize(("draw", "expected"), [(0.0, 2), (0.25, 3), (1.0 - 2.0**-53, 3)])
+def test_a_draw_on_a_boundary_takes_what_has_mass(draw: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of no mass stand before the first and behind the last."""
+    monkeypatch.setattr(drawing, "uniforms", lambda seeds, indices, positions: np.array([draw]))
+    scores = torch.tensor([[0.0, 0.0, 0.25, 0.75, 0.0]], dtype=torch.float64).log()
+    tokens = torch.zeros(1, dtype=torch.int64)
+    Sampler([row_with(Sampling(do_sample=True, seed=1))], torch.device("cpu")).choose(scores, tokens)
+    assert tokens.tolist() == [expected]
 
 
 def test_temperature_zero_is_greedy() -> None:

@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 MODEL = "smollm2-135m-instruct"
 NEAR_TIE, TOKENS_PER_EXCUSE = 1e-4, 1000
-CHAT_TOKENS, NUM_MIXED, STEP_TOKENS = 40, 40, 64
+CHAT_TOKENS, LONG_TOKENS, NUM_MIXED, STEP_TOKENS = 40, 72, 40, 64
+ROOMY, TIGHT = 1024, 10
 SYSTEM = "You are a helpful assistant who answers in a few short sentences."
 CHATS: tuple[list[tuple[str, str]], ...] = (
     [("user", "What is the capital of France?")],
@@ -104,7 +105,8 @@ def mixed(tokenizer: Any) -> list[tuple[tuple[int, ...], int]]:
             prompt = stem[dice.randrange(40) :] * dice.choice((1, 2, 4))
         else:
             prompt = noise
-        made.append((tuple(prompt), dice.randint(1, 32)))
+        short = dice.randint(1, 32)
+        made.append((tuple(prompt), short if number % 3 else LONG_TOKENS))
     return made
 
 
@@ -145,10 +147,11 @@ def excuses(asked: list[Asked], answers: list[Answer]) -> list[tuple[int, int, f
     return found
 
 
-@pytest.mark.parametrize("max_draft_tokens", [0, 4])
-@pytest.mark.parametrize("num_blocks", [1024, 60], ids=["roomy", "preempted"])
+@pytest.mark.parametrize(
+    ("num_blocks", "max_draft_tokens"), [(ROOMY, 0), (ROOMY, 4), (TIGHT, 0)], ids=["roomy", "drafted", "preempted"]
+)
 def test_a_crowd_is_answered_as_by_generate_but_at_near_ties(
-    engine_model: PackedModel, asked: list[Asked], max_draft_tokens: int, num_blocks: int
+    engine_model: PackedModel, asked: list[Asked], num_blocks: int, max_draft_tokens: int
 ) -> None:
     bench = ContinuousBench(engine_model, num_blocks, max_step_tokens=STEP_TOKENS, max_draft_tokens=max_draft_tokens)
     answers = bench.run(*[one.request() for one in asked])
@@ -160,6 +163,6 @@ def test_a_crowd_is_answered_as_by_generate_but_at_near_ties(
     # None of this says much where nothing was shared, cut, guessed or lost.
     assert max(len(one.prompt) for one in asked) > 3 * STEP_TOKENS
     scheduler = bench.engine._scheduler
-    assert scheduler.num_prefix_hits > 500
+    assert scheduler.num_prefix_hits > 300
     assert (bench.engine._outbox.totals.accepted_draft_tokens > 20) == (max_draft_tokens > 0)
-    assert (scheduler.num_preemptions > 0) == (num_blocks == 60)
+    assert (scheduler.num_preemptions > 0) == (num_blocks == TIGHT)
