@@ -12,8 +12,8 @@ from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 from slipstream_server.inference.engine.paged_attention import CpuMemory, LayerShape, Layout
 
 # Sequences by what they held before the step and what it brings: decoding, short and long parts of prompts.
-SEQUENCES = [(0, 5), (31, 1), (70, 2), (200, 1), (64, 1), (0, 40), (50, 33)]
-TABLE_BLOCKS = 7
+SEQUENCES = [(0, 5), (31, 1), (70, 2), (200, 1), (64, 1), (0, 40), (50, 33), (300, 20), (0, 270)]
+TABLE_BLOCKS = 10
 # Query heads, key heads, head size: all widths of groups and of vectors that the kernels tell apart.
 SHAPES = [(9, 3, 64), (4, 4, 8), (5, 1, 40), (12, 2, 96), (2, 1, 32)]
 

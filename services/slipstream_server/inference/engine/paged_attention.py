@@ -31,9 +31,10 @@ _SEAT = "slipstream_kv"
 # The vectors of cpu_attention.
 _HEAD_SIZE_MULTIPLE = 8
 
-# From so many tokens of one sequence on, its blocks are gathered and attended to in tiles, each read once for many
-# tokens: 256 tokens behind 1,000 take 7 ms instead of 31. Below, blocks are read in place.
+# From so many tokens of one sequence on that see so many, its blocks are gathered and attended to in tiles, each read
+# once for many tokens: 256 tokens behind 1,000 take 7 ms instead of 20. Else blocks are read in place.
 _TILED_FROM_TOKENS = 12
+_TILED_FROM_SEEN = 256
 
 
 class UnsupportedAttention(Exception):
@@ -128,10 +129,11 @@ class CpuMemory:
 
     def lay_out(self, layout: Layout) -> None:
         self._layout = layout
-        counts_S = np.diff(layout.starts)
+        seen_S = layout.positions_N[np.array(layout.starts[1:]) - 1] + 1
+        is_tiled_S = (np.diff(layout.starts) >= _TILED_FROM_TOKENS) & (seen_S >= _TILED_FROM_SEEN)
         self._all_tokens = np.arange(len(layout.rows_N))
-        self._few_tokens = np.flatnonzero(counts_S[layout.rows_N] < _TILED_FROM_TOKENS)
-        self._spans = [_Span(layout, int(row)) for row in np.flatnonzero(counts_S >= _TILED_FROM_TOKENS)]
+        self._untiled_tokens = np.flatnonzero(~is_tiled_S[layout.rows_N])
+        self._spans = [_Span(layout, int(row)) for row in np.flatnonzero(is_tiled_S)]
 
     def attend(
         self,
@@ -152,7 +154,7 @@ class CpuMemory:
         keys_NKD, values_NKD = (numpy_items(_by_token(states, self._dtype)) for states in (keys, values))
         self._kernels.write(keys_NKD, values_NKD, *places, *pools)
         outputs_NHD = torch.empty_like(queries_NHD)
-        tokens, spans = (self._all_tokens, []) if softcap else (self._few_tokens, self._spans)
+        tokens, spans = (self._all_tokens, []) if softcap else (self._untiled_tokens, self._spans)
         if len(tokens):
             self._kernels.attend(
                 queries_NHD.numpy(),
