@@ -59,7 +59,7 @@ def test_temperature_zero_is_greedy() -> None:
         {"forced_first_token_id": 5},
         {"guide": Guide()},
     ],
-    ids=str,
+    ids=lambda fields: "-".join(fields),
 )
 def test_rows_that_look_at_more_than_the_best_score_are_not_guessed(fields: dict[str, Any]) -> None:
     assert draft(row(**fields), 4) == ()

@@ -12,6 +12,7 @@ from tests.unit.engine.continuous_driving import ContinuousBench, packed, refere
 from tests.unit.engine.decoders import VOCAB, build
 from tests.unit.engine.driving import generate_alone, prompts, request
 from tests.unit.models.tokenizer_folders import byte_level, save_folder
+from transformers import AutoModelForCausalLM, GraniteConfig
 
 from slipstream_server.inference.engine import gathered_attention
 from slipstream_server.inference.engine.assembly import assemble
@@ -32,8 +33,19 @@ CONTINUOUS = [
     "llama-biased", "llama-odd-heads", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma3", "phi", "phi3", "gpt2",
     "opt", "gpt_neox", "stablelm",
 ]  # fmt: skip
-# Experts multiply in float32 at most, and Gemma 2's own softmax is in float32.
-IN_FLOAT32 = ["gemma2", "mixtral", "qwen2_moe"]
+# Experts multiply in float32 at most, and Gemma 2's own softmax is in float32. In float32, layers are fused.
+IN_FLOAT32 = [
+    "gemma2",
+    "mixtral",
+    "qwen2_moe",
+    "llama",
+    "llama-biased",
+    "mistral",
+    "qwen2-sliding",
+    "qwen3",
+    "gemma3",
+    "phi",
+]
 PADDED = {
     "falcon-rope": "AttentionInterface", "falcon-alibi": "AttentionInterface", "bloom": "position_ids",
     "mpt": "position_ids", "mamba": "position_ids",
@@ -54,10 +66,13 @@ def equals_but_for_a_near_tie(model: Any, prompt: tuple[int, ...], found: list[i
     return best - second <= NEAR_TIE
 
 
-@pytest.mark.parametrize("name", [*CONTINUOUS, *IN_FLOAT32])
-def test_a_family_answers_as_generate_does(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float64) for name in CONTINUOUS] + [(name, torch.float32) for name in IN_FLOAT32],
+    ids=str,
+)
+def test_a_family_answers_as_generate_does(name: str, dtype: torch.dtype) -> None:
     """Prompts beyond windows and over blocks' ends, in chunks, with a prefix that is read again."""
-    dtype = torch.float32 if name in IN_FLOAT32 else torch.float64
     asked = prompts(LENGTHS)
     asked.append((*asked[2][:64], 7, 8))
     bench = ContinuousBench(packed(name, dtype), max_step_tokens=48, max_draft_tokens=3)
@@ -71,6 +86,31 @@ def test_a_family_answers_as_generate_does(name: str) -> None:
         assert all(map(equals_but_for_a_near_tie, [model] * len(asked), asked, found, expected))
         assert sum(map(list.__eq__, found, expected)) >= len(asked) - 1
     assert len({tuple(answer) for answer in expected}) > 2, "the model says the same to everything"
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("llama", 2), ("mistral", 2), ("qwen2-sliding", 2), ("qwen3", 0), ("phi", 0)]
+)
+def test_layers_of_the_commonest_build_run_as_one(name: str, count: int) -> None:
+    decoder = packed(name, torch.float32)._decoder
+    assert decoder is not None if count else decoder is None or not decoder.count
+    assert decoder is None or decoder.count == count
+
+
+def test_a_layer_that_does_more_than_it_looks_runs_part_by_part() -> None:
+    """Granite has the parts of Llama, and scales what it adds to its residuals."""
+    torch.manual_seed(4)
+    config = GraniteConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, residual_multiplier=0.3, initializer_range=0.2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    (prompt,) = prompts([40])
+    expected = generate_alone(model, prompt, max_new_tokens=10)
+    packed_model = PackedModel(Traits.of(model))
+    assert packed_model._decoder is None
+    (answer,) = ContinuousBench(packed_model).run(request(prompt, 10))
+    assert answer.tokens[0] == expected
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "gemma2", "qwen2-sliding", "phi3"])

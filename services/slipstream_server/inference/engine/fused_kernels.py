@@ -70,6 +70,64 @@ def norm(states_NW: Any, weight_W: Any, eps: Any, offset: Any, outputs_NW: Any) 
 
 
 @compiled(parallel=True)
+def add_norm(
+    states_NW: Any, added_NW: Any, weight_W: Any, eps: Any, offset: Any, sums_NW: Any, outputs_NW: Any
+) -> None:
+    """``sums = states + added``, and the norm of the sums."""
+    num_tokens, width = states_NW.shape
+    for n in prange(num_tokens):
+        state_W, added_W, sum_W, output_W = states_NW[n], added_NW[n], sums_NW[n], outputs_NW[n]
+        total = np.float32(0)
+        for w in range(width):
+            item = item_like(number_of(state_W[w]) + number_of(added_W[w]), state_W[w])
+            sum_W[w] = item
+            total += number_of(item) * number_of(item)
+        factor = np.float32(1) / np.sqrt(total / np.float32(width) + eps)
+        for w in range(width):
+            number = number_of(sum_W[w]) * factor * (offset + number_of(weight_W[w]))
+            output_W[w] = item_like(number, state_W[w])
+
+
+@compiled(parallel=True)
+def rotate_and_write(
+    queries_NHD: Any,
+    keys_NKD: Any,
+    values_NKD: Any,
+    cos_ND: Any,
+    sin_ND: Any,
+    rows_N: Any,
+    positions_N: Any,
+    tables_SB: Any,
+    keys_BKDL: Any,
+    values_BKLD: Any,
+    rotated_NHD: Any,
+) -> None:
+    """Rotary positions for queries, in float32, and for keys, which go to their blocks with the values."""
+    num_tokens, num_query_heads, size = queries_NHD.shape
+    num_heads, length = keys_NKD.shape[1], values_BKLD.shape[2]
+    half = size // 2
+    for n in prange(num_tokens):
+        cos_D, sin_D = cos_ND[n], sin_ND[n]
+        block, place = tables_SB[rows_N[n], positions_N[n] // length], positions_N[n] % length
+        for h in range(num_query_heads):
+            query_D, rotated_D = queries_NHD[n, h], rotated_NHD[n, h]
+            for d in range(half):
+                first, second = number_of(query_D[d]), number_of(query_D[d + half])
+                rotated_D[d] = first * number_of(cos_D[d]) - second * number_of(sin_D[d])
+                rotated_D[d + half] = second * number_of(cos_D[d + half]) + first * number_of(sin_D[d + half])
+        for h in range(num_heads):
+            key_D, key_DL = keys_NKD[n, h], keys_BKDL[block, h]
+            for d in range(half):
+                first, second = number_of(key_D[d]), number_of(key_D[d + half])
+                lower = first * number_of(cos_D[d]) - second * number_of(sin_D[d])
+                upper = second * number_of(cos_D[d + half]) + first * number_of(sin_D[d + half])
+                key_DL[d, place] = item_like(lower, key_D[d])
+                key_DL[d + half, place] = item_like(upper, key_D[d])
+            for d in range(size):
+                values_BKLD[block, h, place, d] = values_NKD[n, h, d]
+
+
+@compiled(parallel=True)
 def rotate(states: Any, row_stride: int, head_stride: int, cos_ND: Any, sin_ND: Any, outputs_NHD: Any) -> None:
     """Rotary positions for flat states: the first half of each head is paired with the second."""
     num_tokens, num_heads, size = outputs_NHD.shape

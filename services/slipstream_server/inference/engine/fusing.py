@@ -68,28 +68,39 @@ def _norm_for(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | Non
     weight = parameters["weight"].detach()
     probe = _random(_PROBE_TOKENS, len(weight)).to(weight.dtype)
     for offset in (0.0, 1.0):
-        fused = _FusedNorm(module.forward, weight, eps, offset)
+        fused = FusedNorm(module.forward, weight, eps, offset)
         if _agree(module.forward, fused, probe):
             return fused
     return None
 
 
-class _FusedNorm:
+class FusedNorm:
+    """The forward of one norm."""
+
     def __init__(
         self, original: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor, eps: float, offset: float
     ) -> None:
         self._original = original
-        self._dtype = weight.dtype
+        self.dtype = weight.dtype
         self._weight_W = numpy_items(weight)
         self._eps, self._offset = np.float32(eps), np.float32(offset)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        if states.dtype != self._dtype:
+        if states.dtype != self.dtype:
             return self._original(states)
         states_NW = states.reshape(-1, states.shape[-1])
         outputs_NW = torch.empty_like(states_NW)
         fused_kernels.norm(numpy_items(states_NW), self._weight_W, self._eps, self._offset, numpy_items(outputs_NW))
         return outputs_NW.view(states.shape)
+
+    def of_sum(self, states_1NW: torch.Tensor, added_1NW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The sum of contiguous states of the norm's dtype, and its norm."""
+        sums_1NW, outputs_1NW = torch.empty_like(states_1NW), torch.empty_like(states_1NW)
+        states_NW, added_NW, sums_NW, outputs_NW = (
+            numpy_items(each[0]) for each in (states_1NW, added_1NW, sums_1NW, outputs_1NW)
+        )
+        fused_kernels.add_norm(states_NW, added_NW, self._weight_W, self._eps, self._offset, sums_NW, outputs_NW)
+        return sums_1NW, outputs_1NW
 
 
 def _gated_for(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -97,13 +108,15 @@ def _gated_for(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | No
     names = [name for name, _ in module.named_children()]
     if names[:3] != list(_GATED) or len(names) > len(_GATED) + 1:
         return None
-    fused = _FusedGates(module)
+    fused = FusedGates(module)
     weight = next(module.parameters())
     probe = _random(1, _PROBE_TOKENS, weight.shape[1]).to(weight.dtype)
     return fused if _agree(module.forward, fused, probe) else None
 
 
-class _FusedGates:
+class FusedGates:
+    """The forward of one gated feed-forward."""
+
     def __init__(self, module: nn.Module) -> None:
         self._original: Callable[[torch.Tensor], torch.Tensor] = module.forward
         self._gate, self._up, self._down = (getattr(module, name) for name in _GATED)
@@ -117,6 +130,12 @@ class _FusedGates:
         fused_kernels.silu_times(_flat(gates), gates.stride(0), _flat(ups), ups.stride(0), numpy_items(outputs_NW))
         result: torch.Tensor = self._down(outputs_NW[None])
         return result
+
+
+def rotates_halves(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether the module's source has a function for rotary positions that the kernels know."""
+    source = sys.modules[type(module).__module__]
+    return callable(getattr(source, _ROTARY, None)) and _rotates_halves(source, dtype)
 
 
 def _sources(model: Any) -> set[ModuleType]:

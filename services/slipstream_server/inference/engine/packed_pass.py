@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from slipstream_server.inference.engine.paged_attention import (
     ATTENTION,
     CpuMemory,
     KVMemory,
-    LayerShape,
     Layout,
     ShapeProbe,
     UnsupportedAttention,
@@ -36,6 +35,9 @@ from slipstream_server.inference.engine.paged_attention import (
 from slipstream_server.inference.engine.passes import Traits
 from slipstream_server.inference.engine.sequences import blocks_for
 from slipstream_server.inference.engine.transfers import to_device
+
+if TYPE_CHECKING:
+    from slipstream_server.inference.engine.fused_decoder import FusedDecoder
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +59,30 @@ class PackedModel:
         if not self._model._can_set_attn_implementation():
             raise UnsupportedAttention("attention that does not go through AttentionInterface")
         self._rotary: Callable[[], AbstractContextManager[None]] = nullcontext
-        self._shapes, self._devices = self._probe()
+        self._decoder: FusedDecoder | None = None
+        probe = self._probe()
+        layers = range(len(probe.shapes))
+        self._shapes = [probe.shapes[layer] for layer in layers]
+        self._devices = [probe.devices[layer] for layer in layers]
         expected_TV = self._expected()
         if self._is_on_cpu:
-            # Compilers take a second to import, and a GPU does without.
-            from slipstream_server.inference.engine.fusing import FusedLayers
-
-            self._rotary = FusedLayers(self._model).rotary
+            self._fuse(probe, expected_TV)
         self._check(expected_TV)
+
+    def _fuse(self, probe: ShapeProbe, expected_TV: torch.Tensor) -> None:
+        # Compilers take a second to import, and a GPU does without.
+        from slipstream_server.inference.engine.fused_decoder import FusedDecoder
+        from slipstream_server.inference.engine.fusing import FusedLayers
+
+        self._rotary = FusedLayers(self._model).rotary
+        self._decoder = FusedDecoder(self._model, probe.rules)
+        if self._decoder.count:
+            self._decoder.is_on = True
+            try:
+                self._check(expected_TV)
+            except UnsupportedAttention as difference:
+                logger.info("layers run part by part: as one they give %s", difference)
+                self._decoder.is_on, self._decoder = False, None
 
     @property
     def block_bytes(self) -> int:
@@ -127,6 +145,9 @@ class PackedModel:
         if self._graphs is not None and _only_decode(chunks) and self._graphs.fits(layout):
             return self._graphs.run(token_ids, layout)
         rows = [chunk.sequence.row for chunk in chunks]
+        if self._decoder is not None:
+            # Adapters are on the modules of a layer.
+            self._decoder.is_on = all(row.request.adapter is None for row in rows)
         wanted = np.concatenate(
             [np.arange(end - num_wanted(c), end) for c, end in zip(chunks, layout.starts[1:], strict=True)]
         )
@@ -173,7 +194,7 @@ class PackedModel:
         return logits_MV
 
     @torch.inference_mode()
-    def _probe(self) -> tuple[list[LayerShape], list[torch.device]]:
+    def _probe(self) -> ShapeProbe:
         probe = ShapeProbe()
         seats = seat(self._model, probe)
         self._model.set_attn_implementation(ATTENTION)
@@ -185,10 +206,9 @@ class PackedModel:
             raise UnsupportedAttention(f"a forward without a cache ({type(error).__name__})") from error
         finally:
             self._model.set_attn_implementation(self._own_attention)
-        layers = range(len(probe.shapes))
-        if not seats or sorted(probe.shapes) != list(layers) or not probe.shapes:
+        if not seats or sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
             raise UnsupportedAttention("layers that are not all attention")
-        return [probe.shapes[layer] for layer in layers], [probe.devices[layer] for layer in layers]
+        return probe
 
     @property
     def _probe_ids(self) -> Any:

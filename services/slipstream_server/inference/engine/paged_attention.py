@@ -13,7 +13,7 @@ in a block, T tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,7 +26,7 @@ from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 
 ATTENTION = "slipstream_paged"
 
-_SEAT = "slipstream_kv"
+SEAT = "slipstream_kv"
 
 # The vectors of cpu_attention.
 _HEAD_SIZE_MULTIPLE = 8
@@ -146,21 +146,29 @@ class CpuMemory:
         window: int,
         softcap: float,
     ) -> torch.Tensor:
+        keys_NKD, values_NKD = (numpy_items(_by_token(states, self._dtype)) for states in (keys, values))
+        self._kernels.write(keys_NKD, values_NKD, *self.places(layer))
+        queries_NHD = _by_token(queries, self._sums_dtype)
+        outputs_NHD = self.attend_written(layer, queries_NHD, scale=scale, window=window, softcap=softcap)
+        return outputs_NHD.to(queries.dtype)[None]
+
+    def places(self, layer: int) -> tuple[npt.NDArray[Any], ...]:
+        """What kernels need to find the step's tokens in a layer: rows, positions, tables, keys, values."""
         layout = self._layout
         assert layout is not None
-        places = (layout.rows_N, layout.positions_N, layout.tables_SB)
-        pools = (self._keys[layer], self._values[layer])
-        queries_NHD = _by_token(queries, self._sums_dtype)
-        keys_NKD, values_NKD = (numpy_items(_by_token(states, self._dtype)) for states in (keys, values))
-        self._kernels.write(keys_NKD, values_NKD, *places, *pools)
+        return layout.rows_N, layout.positions_N, layout.tables_SB, self._keys[layer], self._values[layer]
+
+    def attend_written(
+        self, layer: int, queries_NHD: torch.Tensor, *, scale: float, window: int, softcap: float
+    ) -> torch.Tensor:
+        """Outputs ``[N, H, D]``, where the step's keys and values are in their blocks already; all in float32."""
         outputs_NHD = torch.empty_like(queries_NHD)
         tokens, spans = (self._all_tokens, []) if softcap else (self._untiled_tokens, self._spans)
         if len(tokens):
             self._kernels.attend(
                 queries_NHD.numpy(),
                 tokens,
-                *places,
-                *pools,
+                *self.places(layer),
                 self._scalar(scale),
                 window,
                 self._scalar(softcap),
@@ -169,7 +177,7 @@ class CpuMemory:
             )
         for span in spans:
             outputs_NHD[span.tokens] = self._attend_tiled(layer, span, queries_NHD[span.tokens], scale, window)
-        return outputs_NHD.to(queries.dtype)[None]
+        return outputs_NHD
 
     def _attend_tiled(
         self, layer: int, span: _Span, queries_THD: torch.Tensor, scale: float, window: int
@@ -192,10 +200,13 @@ class CpuMemory:
 
 
 class ShapeProbe:
-    """Stands in for a memory during one forward, to learn what each layer keeps, and where."""
+    """Stands in for a memory during one forward, to learn what each layer keeps, and where; ``rules``: what it wants of
+    ``attend``.
+    """
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
+        self.rules: dict[int, Mapping[str, float]] = {}
         self.devices: dict[int, torch.device] = {}
 
     def lay_out(self, layout: Layout) -> None:
@@ -208,13 +219,14 @@ class ShapeProbe:
         if layer in self.shapes:
             raise UnsupportedAttention(f"layer {layer} attends twice")
         self.shapes[layer] = shape
+        self.rules[layer] = options
         self.devices[layer] = keys.device
         group = queries.shape[1] // keys.shape[1]
         return values.repeat_interleave(group, dim=1).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
+class Seat:
     """What an attention module needs to know: its memory, and its layer there."""
 
     memory: KVMemory
@@ -227,7 +239,7 @@ def seat(model: Any, memory: KVMemory) -> int:
         module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int) and _attends(module)
     ]
     for module in modules:
-        setattr(module, _SEAT, _Seat(memory, module.layer_idx))
+        setattr(module, SEAT, Seat(memory, module.layer_idx))
     return len(modules)
 
 
@@ -266,7 +278,7 @@ def _attend_from_blocks(
             raise UnsupportedAttention(f"attention with {name}")
     if options.get("is_causal") is False or not getattr(module, "is_causal", True):
         raise UnsupportedAttention("attention that is not causal")
-    place: _Seat = getattr(module, _SEAT)
+    place: Seat = getattr(module, SEAT)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     result = place.memory.attend(
         place.layer, query, key, value, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0
