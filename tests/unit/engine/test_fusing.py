@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.unit.engine.adapter_folders import peft_alone, save_adapter
+from tests.unit.engine.continuous_driving import ContinuousBench, reference
+from tests.unit.engine.decoders import build
+from tests.unit.engine.driving import prompts, request
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PhiConfig, PretrainedConfig, Qwen3Config
 
 from slipstream_server.inference.engine.fusing import FusedLayers
+from slipstream_server.inference.engine.lora_slots import LoraSlots
+from slipstream_server.inference.engine.packed_pass import PackedModel
+from slipstream_server.inference.engine.passes import Traits
 
 SIZES = {
     "vocab_size": 97,
@@ -118,3 +126,22 @@ def test_what_is_no_number_stays_none() -> None:
     found = model.model.norm(states)
     assert bool(found[0, 0].isfinite().all())
     assert bool(found[0, 1].isnan().all())
+
+
+def test_adapters_change_the_layers_that_run_as_one(tmp_path: Path) -> None:
+    """Steps with an adapter, and steps after it without one, in float32, where layers are fused."""
+    model = PackedModel(Traits.of(build("llama", torch.float32)))
+    assert model._decoder is not None
+    assert model._decoder.count == 2
+    slots = LoraSlots(model.traits.model, num_slots=2, max_rank=8)
+    every = ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    adapter = save_adapter(reference("llama", torch.float32), tmp_path / "1", seed=3, rank=4, targets=every)
+    bench = ContinuousBench(model, 30, slots=slots, max_step_tokens=80)
+    prompt = prompts([40])[0]
+    answers = bench.run(request(prompt, 6, adapter=adapter), request(prompt, 12))
+    alone = [
+        peft_alone(reference("llama", torch.float32), pin, prompt, max_new_tokens=length)
+        for pin, length in ((adapter, 6), (None, 12))
+    ]
+    assert [answer.tokens[0] for answer in answers] == alone
+    assert alone[0] != alone[1][:6]
