@@ -148,13 +148,16 @@ class ModelLoads:
             model = await self._wished(wish)
             record = self.library.records.get(wish.name)
             is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
-            needed = {} if is_coming else await self._check(model, thoroughly=validate_only)
-            if validate_only:
-                return self.states.would_be(model, sum(needed.values()))
-            await self._record(model, record, key)
-            if not is_coming:
-                self._start(wish.name)
-        return self.states.view(wish.name)
+            needed = {} if is_coming else await self._check(model)
+            if not validate_only:
+                await self._record(model, record, key)
+                if not is_coming:
+                    self._start(wish.name)
+                return self.states.view(wish.name)
+        # This takes seconds, and decides nothing for others.
+        if not is_coming:
+            await self._check_weights(model)
+        return self.states.would_be(model, sum(needed.values()))
 
     async def _wished(self, wish: LoadWish) -> NewModel:
         """The model as it would be recorded. Raises ResourceExists or WrongState where that contradicts what is."""
@@ -182,23 +185,26 @@ class ModelLoads:
                 f"model {record.id} is {state} with other options; unload it first", metadata={"state": state.upper()}
             )
 
-    async def _check(self, model: NewModel, *, thoroughly: bool) -> dict[str, int]:
-        """What it would take, by device, where its files are here already; nothing where they are not.
-
-        ``thoroughly``: also whether the weights fit the configuration, which takes seconds.
-        """
-        found = await self._fetcher.at_hand(model)
+    async def _check(self, model: NewModel) -> dict[str, int]:
+        """What it would take, by device, where its files are here already; nothing where they are not."""
         options = model.options or LoadChoice()
         _check_device(options.device, self.room.capacity)
-        if found is None:
-            return {}
-        prepared, files = found
-        plan = plan_of(model.id, model.source, prepared, files.facts, options, self._defaults)
-        needed = {} if model.at_start else self.room.check(plan, options.memory_fraction)
-        if thoroughly and plan.worker.engine != "null":
-            asked = {"folder": str(prepared.folder), "task": plan.worker.load.task}
+        plan = await self._plan_at_hand(model)
+        return {} if plan is None or model.at_start else self.room.check(plan, options.memory_fraction)
+
+    async def _check_weights(self, model: NewModel) -> None:
+        """Raises ModelLoadFailed where weights that are here already do not fit their configuration."""
+        plan = await self._plan_at_hand(model)
+        if plan is not None and plan.worker.engine != "null":
+            asked = {"folder": str(plan.worker.model_folder), "task": plan.worker.load.task}
             await run_tool("fit", asked, timeout_s=_FIT_TIMEOUT_S)
-        return needed
+
+    async def _plan_at_hand(self, model: NewModel) -> ModelPlan | None:
+        found = await self._fetcher.at_hand(model)
+        if found is None:
+            return None
+        prepared, files = found
+        return plan_of(model.id, model.source, prepared, files.facts, model.options or LoadChoice(), self._defaults)
 
     async def _record(self, model: NewModel, record: StoredModel | None, key: RequestKey | None) -> None:
         if record is None:
