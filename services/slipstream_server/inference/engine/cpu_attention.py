@@ -365,9 +365,10 @@ def attend(
     for lane in prange(lanes):
         weights_GT = np.empty((group, num_places), queries_NHD.dtype)
         weights = weights_GT.reshape(-1)
-        # Lanes take turns: long and short sequences, and the tokens of a prompt, stand in no order that is fair.
+        # Head by head, so that tokens of one sequence, and sequences that share a prefix, find its blocks in the cache.
+        # Lanes take turns: long and short sequences stand in no order that is fair.
         for item in range(lane, len(tokens_T) * num_heads, lanes):
-            n, h = tokens_T[item // num_heads], item % num_heads
+            n, h = tokens_T[item % len(tokens_T)], item // len(tokens_T)
             table_B = tables_SB[rows_N[n]]
             end = positions_N[n] + 1
             begin = max(0, end - window) if window > 0 else 0
