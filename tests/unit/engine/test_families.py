@@ -25,7 +25,7 @@ from slipstream_server.inference.engine.paged_attention import (
     UnsupportedAttention,
 )
 from slipstream_server.inference.engine.passes import Traits
-from slipstream_server.inference.generation import Constraint, Failed
+from slipstream_server.inference.generation import Beams, Constraint, Failed
 from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.load_options import LoadOptions
 
@@ -93,8 +93,8 @@ def test_a_family_answers_as_generate_does(name: str, dtype: torch.dtype) -> Non
 )
 def test_layers_of_the_commonest_build_run_as_one(name: str, count: int) -> None:
     decoder = packed(name, torch.float32)._decoder
-    assert decoder is not None if count else decoder is None or not decoder.count
-    assert decoder is None or decoder.count == count
+    assert decoder is not None
+    assert decoder.count == count
 
 
 def test_a_layer_that_does_more_than_it_looks_runs_part_by_part() -> None:
@@ -107,10 +107,19 @@ def test_a_layer_that_does_more_than_it_looks_runs_part_by_part() -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     (prompt,) = prompts([40])
     expected = generate_alone(model, prompt, max_new_tokens=10)
-    packed_model = PackedModel(Traits.of(model))
-    assert packed_model._decoder is None
-    (answer,) = ContinuousBench(packed_model).run(request(prompt, 10))
+    (answer,) = ContinuousBench(PackedModel(Traits.of(model))).run(request(prompt, 10))
     assert answer.tokens[0] == expected
+
+
+def test_a_beam_search_after_fused_steps_runs_the_model_as_it_was_loaded() -> None:
+    model, (prompt,) = reference("llama", torch.float32), prompts([40])
+    asked = [request(prompt, 6), request(prompt, 10, beams=Beams(num_beams=3)), request(prompt, 12)]
+    answers = ContinuousBench(packed("llama", torch.float32)).run(*asked)
+    expected = [
+        generate_alone(model, prompt, max_new_tokens=length, num_beams=beams)
+        for length, beams in ((6, 1), (10, 3), (12, 1))
+    ]
+    assert [answer.tokens[0] for answer in answers] == expected
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "gemma2", "qwen2-sliding", "phi3"])

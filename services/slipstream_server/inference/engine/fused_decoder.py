@@ -1,9 +1,10 @@
-"""A whole decoder layer of the commonest build on a CPU, in 13 calls where its modules make 60: norm, attention with
-rotary positions, norm, gated feed-forward, with a residual around each half.
+"""A whole decoder layer on a CPU in 13 calls where its modules make 60: norm, attention with rotary positions, norm,
+gated feed-forward, with a residual around each half.
 
-A layer is known by its parts alone, so what else its forward may do (scaled residuals, say) shows only in the answers:
-who uses it compares them, and falls back. The modules stay in place for steps that adapters take part in.
-Engine thread, under inference_mode. Shapes: N tokens, W width, H query heads, K key heads, D head size.
+For the layers that are nothing else, known by their class: others have the same parts and do more with them, some of
+it only at positions that no probe comes to. The modules stay in place for steps that adapters take part in, and for
+whoever runs the model as it was loaded. Engine thread, under inference_mode. Shapes: N tokens, W width, H query heads,
+K key heads, D head size.
 """
 
 from __future__ import annotations
@@ -12,47 +13,44 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from slipstream_server.inference.engine import fused_kernels
 from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, rotates_halves
-from slipstream_server.inference.engine.paged_attention import SEAT, CpuMemory, numpy_items
+from slipstream_server.inference.engine.paged_attention import SEAT, CpuMemory, ShapeProbe, numpy_items
 
-_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
 
 class FusedDecoder:
-    """The layers of one model; ``is_on``: whether they run as one."""
+    """The layers of one model, whose norms and gates are fused; ``is_on``: whether they run as one."""
 
-    def __init__(self, model: Any, rules: Mapping[int, Mapping[str, float]]) -> None:
+    def __init__(self, model: Any, probe: ShapeProbe) -> None:
         self.is_on = False
         self.count = 0
-        for module in list(model.modules()):
-            if _is_usual(module):
-                module.forward = _FusedLayer(self, module, rules[module.self_attn.layer_idx])
+        for module in model.modules():
+            if _is_known(module):
+                layer = module.self_attn.layer_idx
+                module.forward = _FusedLayer(self, module, probe.shapes[layer].key_size, probe.rules[layer])
                 self.count += 1
 
 
-def _is_usual(module: nn.Module) -> bool:
-    parts: dict[str, Any] = dict(module.named_children())
-    if set(parts) != _PARTS or {name for name, _ in parts["self_attn"].named_children()} != _PROJECTIONS:
+def _is_known(module: Any) -> bool:
+    if type(module).__name__ not in _KNOWN or not type(module).__module__.startswith("transformers.models."):
         return False
-    norms = (parts["input_layernorm"].forward, parts["post_attention_layernorm"].forward)
+    norms = (module.input_layernorm.forward, module.post_attention_layernorm.forward)
     return (
         all(isinstance(norm, FusedNorm) for norm in norms)
-        and isinstance(parts["mlp"].forward, FusedGates)
-        and isinstance(getattr(getattr(parts["self_attn"], SEAT, None), "layer", None), int)
-        and rotates_halves(parts["self_attn"], norms[0].dtype)
+        and isinstance(module.mlp.forward, FusedGates)
+        and rotates_halves(module.self_attn, norms[0].dtype)
     )
 
 
 class _FusedLayer:
-    def __init__(self, decoder: FusedDecoder, module: Any, rule: Mapping[str, float]) -> None:
+    def __init__(self, decoder: FusedDecoder, module: Any, size: int, rule: Mapping[str, float]) -> None:
         attention = module.self_attn
         self._decoder = decoder
         self._original = module.forward
-        self._attention, self._rule = attention, dict(rule)
+        self._attention, self._size, self._rule = attention, size, dict(rule)
         self._queries, self._keys, self._values = attention.q_proj, attention.k_proj, attention.v_proj
         self._joined = attention.o_proj
         self._first_norm: FusedNorm = module.input_layernorm.forward
@@ -67,7 +65,12 @@ class _FusedLayer:
         **kwargs: Any,
     ) -> Any:
         memory = getattr(self._attention, SEAT).memory
-        if not self._decoder.is_on or position_embeddings is None or not isinstance(memory, CpuMemory):
+        if (
+            not self._decoder.is_on
+            or not isinstance(memory, CpuMemory)
+            or position_embeddings is None
+            or any(states.shape != (1, hidden_states.shape[1], self._size) for states in position_embeddings)
+        ):
             return self._original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         attended = self._attend(memory, self._first_norm(hidden_states), *position_embeddings)
         sums, normed = self._second_norm.of_sum(hidden_states, self._joined(attended))
@@ -77,9 +80,9 @@ class _FusedLayer:
         self, memory: CpuMemory, states_1NW: torch.Tensor, cos_1ND: torch.Tensor, sin_1ND: torch.Tensor
     ) -> torch.Tensor:
         """``[1, N, H * D]`` from normed states."""
-        num_tokens, size = states_1NW.shape[1], cos_1ND.shape[-1]
+        num_tokens = states_1NW.shape[1]
         queries, keys, values = (
-            layer(states_1NW).view(num_tokens, -1, size) for layer in (self._queries, self._keys, self._values)
+            layer(states_1NW).view(num_tokens, -1, self._size) for layer in (self._queries, self._keys, self._values)
         )
         layer = getattr(self._attention, SEAT).layer
         rotated_NHD = torch.empty(queries.shape, dtype=torch.float32)

@@ -39,7 +39,7 @@ class FusedLayers:
         if model.dtype not in _TOLERANCE or any(p.device.type != "cpu" for p in model.parameters()):
             return
         for module in model.modules():
-            replacement = _norm_for(module) or _gated_for(module)
+            replacement = _norm_for(module) or _gated_for(module, model.dtype)
             if replacement is not None:
                 module.forward = replacement
                 self.count += 1
@@ -103,24 +103,25 @@ class FusedNorm:
         return sums_1NW, outputs_1NW
 
 
-def _gated_for(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _gated_for(module: nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The fused forward of ``down(silu(gate(x)) * up(x))``."""
     names = [name for name, _ in module.named_children()]
     if names[:3] != list(_GATED) or len(names) > len(_GATED) + 1:
         return None
-    fused = FusedGates(module)
-    weight = next(module.parameters())
-    probe = _random(1, _PROBE_TOKENS, weight.shape[1]).to(weight.dtype)
-    return fused if _agree(module.forward, fused, probe) else None
+    width = getattr(module.gate_proj, "in_features", None)
+    if not isinstance(width, int):
+        return None
+    fused = FusedGates(module, dtype)
+    return fused if _agree(module.forward, fused, _random(1, _PROBE_TOKENS, width).to(dtype)) else None
 
 
 class FusedGates:
     """The forward of one gated feed-forward."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._original: Callable[[torch.Tensor], torch.Tensor] = module.forward
         self._gate, self._up, self._down = (getattr(module, name) for name in _GATED)
-        self._dtype = next(module.parameters()).dtype
+        self._dtype = dtype
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if states.dtype != self._dtype or states.dim() != 3 or len(states) != 1:
@@ -194,6 +195,7 @@ def _agree(original: Callable[..., Any], fused: Callable[..., Any], *probe: torc
         isinstance(one, torch.Tensor)
         and one.shape == other.shape
         and one.dtype == other.dtype
+        and one.dtype in _TOLERANCE
         and float((one.float() - other.float()).abs().max()) <= _TOLERANCE[one.dtype] * float(one.float().abs().max())
         for one, other in pairs
     )

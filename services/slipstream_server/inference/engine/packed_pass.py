@@ -66,23 +66,28 @@ class PackedModel:
         self._devices = [probe.devices[layer] for layer in layers]
         expected_TV = self._expected()
         if self._is_on_cpu:
-            self._fuse(probe, expected_TV)
+            self._fuse(probe)
         self._check(expected_TV)
 
-    def _fuse(self, probe: ShapeProbe, expected_TV: torch.Tensor) -> None:
+    def _fuse(self, probe: ShapeProbe) -> None:
         # Compilers take a second to import, and a GPU does without.
         from slipstream_server.inference.engine.fused_decoder import FusedDecoder
         from slipstream_server.inference.engine.fusing import FusedLayers
 
         self._rotary = FusedLayers(self._model).rotary
-        self._decoder = FusedDecoder(self._model, probe.rules)
-        if self._decoder.count:
-            self._decoder.is_on = True
+        self._decoder = FusedDecoder(self._model, probe)
+
+    @contextlib.contextmanager
+    def _fused(self, as_one: bool) -> Iterator[None]:
+        """Within it the model runs fused; ``as_one``: whole layers, where they are known."""
+        with self._rotary():
+            if self._decoder is not None:
+                self._decoder.is_on = as_one
             try:
-                self._check(expected_TV)
-            except UnsupportedAttention as difference:
-                logger.info("layers run part by part: as one they give %s", difference)
-                self._decoder.is_on, self._decoder = False, None
+                yield
+            finally:
+                if self._decoder is not None:
+                    self._decoder.is_on = False
 
     @property
     def block_bytes(self) -> int:
@@ -145,15 +150,14 @@ class PackedModel:
         if self._graphs is not None and _only_decode(chunks) and self._graphs.fits(layout):
             return self._graphs.run(token_ids, layout)
         rows = [chunk.sequence.row for chunk in chunks]
-        if self._decoder is not None:
-            # Adapters are on the modules of a layer.
-            self._decoder.is_on = all(row.request.adapter is None for row in rows)
+        # Adapters are on the modules of a layer.
+        as_one = all(row.request.adapter is None for row in rows)
         wanted = np.concatenate(
             [np.arange(end - num_wanted(c), end) for c, end in zip(chunks, layout.starts[1:], strict=True)]
         )
         self._memory.lay_out(layout)
         with slots.applied(rows, [chunk.num_tokens for chunk in chunks], wanted.tolist()):
-            return self._forward(token_ids, layout.positions_N, wanted)
+            return self._forward(token_ids, layout.positions_N, wanted, as_one=as_one)
 
     @property
     def _item_dtype(self) -> torch.dtype:
@@ -169,22 +173,28 @@ class PackedModel:
             return CpuMemory(self._shapes, num_blocks, self._model.dtype)
         return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
 
-    def _forward(self, token_ids: Any, positions: Any, wanted: Any) -> torch.Tensor:
+    def _forward(self, token_ids: Any, positions: Any, wanted: Any, *, as_one: bool = True) -> torch.Tensor:
         device = self.traits.device
         logits_MV = self._logits(
             to_device(token_ids, device)[None],
             to_device(positions.astype(np.int64), device)[None],
             to_device(wanted, device),
+            as_one=as_one,
         )
         return logits_MV.to(device=device, dtype=torch.float32, copy=True)
 
     def _logits(
-        self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, index_M: torch.Tensor | None = None
+        self,
+        ids_1N: torch.Tensor,
+        positions_1N: torch.Tensor,
+        index_M: torch.Tensor | None = None,
+        *,
+        as_one: bool = True,
     ) -> torch.Tensor:
         """The model's own logits: those of all positions, or of those that are wanted."""
         is_taken = index_M is not None and self.traits.takes_logits_to_keep
         extra = {"logits_to_keep": index_M} if is_taken else {}
-        with self._rotary():
+        with self._fused(as_one):
             output = self._model(
                 input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra
             )
