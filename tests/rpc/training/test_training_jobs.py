@@ -58,7 +58,9 @@ async def test_jobs_start_by_priority_and_then_by_age(service: TrainingClient, b
         await service.until(name, State.STATE_QUEUED)
     positions = {name: (await service.get(name)).queue_position for name in ("low", "first", "high")}
     assert positions == {"high": 1, "first": 2, "low": 3}
-    waiting = await service.get("high")
+    async with asyncio.timeout(10):
+        while not (waiting := await service.get("high")).state_message:
+            await asyncio.sleep(0.02)
     assert "4 jobs may run at once" in waiting.state_message
     bench.say("hold-at", "")
     began = [(await service.until(name, State.STATE_SUCCEEDED)).start_time for name in ("high", "first", "low")]
