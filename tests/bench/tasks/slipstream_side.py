@@ -52,7 +52,7 @@ class SlipstreamSide:
         return (await self._client.tasks.embed(text, model=EMBED))[0]
 
     async def _classify(self, text: str) -> Sequence[float]:
-        found: Classification = (await self._client.tasks.classify(text, model=CLASSIFY))[0]
+        found: Classification = (await self._client.tasks.classify(text, model=CLASSIFY, top_k=2))[0]
         return [label.score for label in sorted(found.labels, key=lambda label: label.label_id)]
 
 
