@@ -2,9 +2,9 @@
 
 Compiled by Numba once per dtype and kept in its cache. The two inner products are written in vectors of LLVM, so that
 the sums of up to four query heads, which share one reading of a block, stay in registers: what Numba makes of loops
-stores them again and again and takes 1.3 to 1.8 times as long. K is transposed within a block, so that the scores of one query
-and a whole block come out of whole vectors. Beside dense slots and scaled_dot_product_attention nothing is padded, and
-blocks make prefixes free. What is left is waiting for memory: keys and values are read once per step.
+stores them again and again and takes 1.3 to 1.8 times as long. K is transposed within a block, so that the scores of
+one query and a whole block come out of whole vectors. Beside dense slots and scaled_dot_product_attention nothing is
+padded, and blocks make prefixes free. What is left is waiting for memory: keys and values are read once per step.
 
 Shapes: N tokens of the step, S sequences, H query heads in groups of G for each of K key heads, D head size (a
 multiple of 8), B blocks, L tokens in a block.
