@@ -114,8 +114,11 @@ class _ContextDetokenizer:
         if token is None or token_id in self._skipped:
             return ""
         if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+            first = not self._context
             self._context = [token_id]
-            return self._decoder.decode(bytes([int(byte[1], 16)]))
+            text = self._decoder.decode(bytes([int(byte[1], 16)]))
+            # A first token's leading space may be stripped, also where it is spelt as a byte.
+            return self._decode(self._context) if first and text else text
         broken = self._decoder.decode(b"", True)
         before = self._decode(self._context)
         after = self._decode([*self._context, token_id])

@@ -44,6 +44,13 @@ def test_any_ids_stream_to_their_own_decoding(
     assert "".join(deltas(tokenizer, ids, skip=skip)) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+def test_a_first_byte_that_is_a_space_is_stripped_as_the_tokenizer_does(tokenizers: dict[str, TextTokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
+    space = token_of_byte(tokenizer, 0x20)
+    assert deltas(tokenizer, [space, space]) == ["", " ", ""]
+    assert tokenizer.decode([space, space], skip_special_tokens=True) == " "
+
+
 @given(numbers=st.lists(st.integers(0, 2**16), max_size=40), skip=st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_bytes_for_missing_pieces_stream_to_their_own_decoding_unless_broken(
