@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
@@ -28,7 +28,7 @@ def export_metrics(service: str, environ: Mapping[str, str] = os.environ) -> Cal
         from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
         from opentelemetry.sdk.resources import Resource
     except ImportError:
-        log.warning("an OpenTelemetry endpoint is set, but its packages are missing: pip install 'slipstream[otel]'")
+        logger.warning("an OpenTelemetry endpoint is set, but its packages are missing: pip install 'slipstream[otel]'")
         return _nothing
     resource = Resource.create({"service.name": environ.get("OTEL_SERVICE_NAME") or f"slipstream-{service}"})
     provider = MeterProvider([PeriodicExportingMetricReader(OTLPMetricExporter())], resource=resource)

@@ -22,7 +22,7 @@ from slipstream_server.storage.database import Database
 
 INTERVAL_S = 600.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Housekeeping:
@@ -47,7 +47,7 @@ class Housekeeping:
             try:
                 await self.round()
             except (SlipstreamError, OSError) as error:
-                log.warning("housekeeping was put off: %s", error)
+                logger.warning("housekeeping was put off: %s", error)
             await asyncio.sleep(self._interval_s)
 
     async def round(self, grace: timedelta = garbage.DEFAULT_GRACE) -> garbage.Collected:

@@ -31,7 +31,7 @@ from slipstream_server.models.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from slipstream_server.storage.artifact_manifest import FileEntry, Manifest
 from slipstream_server.storage.database_errors import OUT_OF_SPACE
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FILES = frozenset({ADAPTER_CONFIG, ADAPTER_WEIGHTS})
 MAX_ADAPTER_BYTES = 8 * 1024**3
@@ -87,7 +87,7 @@ class AdapterStore:
             folders = [path for path in self._root.iterdir() if path.is_dir()]
             _remove_oldest(sorted(folders, key=_last_use_s, reverse=True), max_bytes)
         except OSError as error:
-            log.warning("the folder of fetched adapters cannot be tidied (%s)", error.strerror)
+            logger.warning("the folder of fetched adapters cannot be tidied (%s)", error.strerror)
 
     async def close(self) -> None:
         """End the fetches under way."""
@@ -107,7 +107,7 @@ class AdapterStore:
             if not await asyncio.to_thread(_is_whole, folder, version.files):
                 began_s = time.monotonic()
                 await self._download(version, folder)
-                log.info("adapter %s fetched in %.1f s", version.name, time.monotonic() - began_s)
+                logger.info("adapter %s fetched in %.1f s", version.name, time.monotonic() - began_s)
         except OSError as error:
             if error.errno in OUT_OF_SPACE:
                 raise StorageFull("the disk that keeps fetched adapters is full", retry_after_s=30.0) from error

@@ -43,7 +43,7 @@ from slipstream_server.models.tool_process import run_tool
 from slipstream_server.storage.columns import DEFAULT_OWNER
 from slipstream_server.storage.request_records import RequestKey
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _EXAMINE_TIMEOUT_S = 120.0
 _CREATE_TIMEOUT_S = 4 * 3600.0
@@ -185,24 +185,24 @@ class ModelCreation:
         try:
             folder = await self._made(plan)
             await self._library.change(name, creating=False, folder=str(folder))
-            _log.info("model %s was made: %s parameters", name, plan.num_parameters)
+            logger.info("model %s was made: %s parameters", name, plan.num_parameters)
         except SlipstreamError as error:
             await self._failed(name, error)
         except Exception:
-            _log.exception("model %s could not be made", name)
+            logger.exception("model %s could not be made", name)
             await self._failed(name, InternalError("the model could not be made; the log tells why"))
         finally:
             self._pending.discard(name)
 
     async def _failed(self, name: str, error: SlipstreamError) -> None:
         """Keep why. Making goes on where the database cannot be written: the next start fails the model anew."""
-        _log.warning("model %s could not be made: %s", name, error.message)
+        logger.warning("model %s could not be made: %s", name, error.message)
         try:
             await self._library.change(
                 name, counts=False, creating=False, error_reason=error.reason, error_message=error.message
             )
         except SlipstreamError as failure:
-            _log.warning("model %s: what became of it could not be stored: %s", name, failure.message)
+            logger.warning("model %s: what became of it could not be stored: %s", name, failure.message)
 
     async def _made(self, plan: CreationPlan) -> Path:
         """The folder, complete and in its place."""

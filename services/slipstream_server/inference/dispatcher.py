@@ -46,7 +46,7 @@ from slipstream_server.inference.generation import (
 from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.tasks.items import TaskRequest
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 
@@ -296,7 +296,7 @@ class Dispatcher:
             self._pass_on(ticket, event)
         except Exception:
             log_id = uuid.uuid4().hex[:12]
-            _log.exception("request failed in the front, log id %s", log_id)
+            logger.exception("request failed in the front, log id %s", log_id)
             self.withdraw(ticket)
             ticket.told.fail(InternalError(f"internal error {log_id}"))
 

@@ -38,7 +38,7 @@ from slipstream_server.models.progress import PullProgress
 from slipstream_server.models.tool_process import run_tool
 from slipstream_server.storage.request_records import RequestKey
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _PURGE_EVERY_S = 3600.0
 _FIT_TIMEOUT_S = 120.0
@@ -126,7 +126,7 @@ class ModelLoads:
             try:
                 await self.library.purge()
             except SlipstreamError as error:
-                log.warning("old requests could not be forgotten: %s", error.message)
+                logger.warning("old requests could not be forgotten: %s", error.message)
             await asyncio.sleep(_PURGE_EVERY_S)
 
     async def _restore(self) -> None:
@@ -234,13 +234,13 @@ class ModelLoads:
             await self.room.take(plan, fraction, self._evict_for(name), may_evict=may_evict, must_come=record.at_start)
             self._front.add_model(plan)
         except SlipstreamError as error:
-            log.error("model %s cannot be served: %s", name, error.message)
+            logger.error("model %s cannot be served: %s", name, error.message)
             await self._failed(name, error)
         except asyncio.CancelledError:
             self.room.budget.release(name)
             raise
         except Exception:
-            log.exception("model %s cannot be served", name)
+            logger.exception("model %s cannot be served", name)
             await self._failed(name, InternalError(f"model {name} could not be prepared; the log tells why"))
 
     async def _fetched(self, record: StoredModel) -> ModelPlan:
@@ -262,7 +262,7 @@ class ModelLoads:
 
     def _evict_for(self, newcomer: str) -> Any:
         async def evict(victims: tuple[str, ...]) -> None:
-            log.info("models %s make room for %s", ", ".join(victims), newcomer)
+            logger.info("models %s make room for %s", ", ".join(victims), newcomer)
             tasks = {name: self._take_out(name, 0.0, f"unloaded to make room for {newcomer}") for name in victims}
             async with self._deciding:
                 for name, task in tasks.items():
@@ -348,7 +348,7 @@ def _check_device(device: str, capacity: Mapping[str, int]) -> None:
 def _remove_below(root: Path, folder: Path) -> None:
     """Remove a folder that the service made; never anything else."""
     if folder.is_symlink() or folder.resolve().parent != root.resolve():
-        log.error("a model's folder lies outside the service's own; it stays")
+        logger.error("a model's folder lies outside the service's own; it stays")
         return
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)

@@ -20,7 +20,7 @@ from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.storage.columns import utc_now
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,4 +133,4 @@ class ModelStates:
             if name in self._library.records:
                 await self._library.change(name, counts=False, **changes)
         except SlipstreamError as failure:
-            log.warning("model %s: what became of it could not be stored: %s", name, failure.message)
+            logger.warning("model %s: what became of it could not be stored: %s", name, failure.message)

@@ -19,7 +19,7 @@ from slipstream_server.inference.library import Library
 from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.storage.device_ledger import gib
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 5.0
 
@@ -73,14 +73,14 @@ class DeviceRoom:
                 if not must_come:
                     self.budget.release(plan.name)
                     raise
-                log.warning("%s; it is loaded all the same, as it was given at the start", error.message)
+                logger.warning("%s; it is loaded all the same, as it was given at the start", error.message)
                 self.budget.force(plan.name, wanted)
 
     def settle(self, name: str, memory_bytes: int) -> None:
         """A model is loaded: where it holds more than was thought, that counts."""
         held = dict(self.budget.holds(name))
         if len(held) == 1 and memory_bytes > (thought := next(iter(held.values()))):
-            log.info("model %s holds %s, where %s were expected", name, gib(memory_bytes), gib(thought))
+            logger.info("model %s holds %s, where %s were expected", name, gib(memory_bytes), gib(thought))
             self.budget.force(name, dict.fromkeys(held, memory_bytes))
 
     async def release(self, name: str) -> None:
@@ -93,7 +93,7 @@ class DeviceRoom:
         try:
             await self._tell_ledger()
         except SlipstreamError as error:
-            log.warning("serving could not reserve its memory: %s", error.message)
+            logger.warning("serving could not reserve its memory: %s", error.message)
 
     async def _tell_ledger(self) -> None:
         await asyncio.to_thread(self._reserve, self.budget.total())

@@ -25,7 +25,7 @@ from slipstream_server.inference.worker_process import WorkerLaunch
 from slipstream_server.models.facts import ModelFacts
 from slipstream_server.tasks.generation_models import WritingModel
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Rows in the worker and on their way to it, as a multiple of a batch. Tasks are sorted by size before they are batched.
 _ROWS_AHEAD = 2
@@ -141,7 +141,7 @@ class ServedModel:
             if not self.runs_tasks:
                 self._writing = await asyncio.to_thread(WritingModel.read, self.plan.folder, self.plan.facts)
         except SlipstreamError as error:
-            _log.error("model %s: %s", self.plan.name, error.message)
+            logger.error("model %s: %s", self.plan.name, error.message)
             await self.supervisor.give_up(error)
         await self.supervisor.run()
 

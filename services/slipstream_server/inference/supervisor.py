@@ -26,7 +26,7 @@ from slipstream_server.inference.worker_errors import error_of
 from slipstream_server.inference.worker_process import WorkerGone, WorkerLaunch, WorkerProcess, spawn_worker
 from slipstream_server.storage.columns import utc_now
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Bounds of what callers are told of a load: the next one may be quicker, and asking again costs little.
 _LEAST_LOADING_S, _MOST_LOADING_S = 2.0, 15.0
@@ -165,7 +165,7 @@ class WorkerSupervisor:
                 self._change(
                     state=ModelState.READY, progress=1.0, stage="", error=None, ready=event, ready_time=utc_now()
                 )
-                _log.info("model %s is ready on %s", self.status.model, event.device)
+                logger.info("model %s is ready on %s", self.status.model, event.device)
                 self._dispatcher.connect(worker.send)
             case LoadFailed():
                 raise _CannotLoad(error_of(event.reason, event.message, event.field))
@@ -187,7 +187,7 @@ class WorkerSupervisor:
         self.status = replace(
             self.status, num_deaths=self.status.num_deaths + 1, worker_pid=None, ready=None, stats=None
         )
-        _log.error("worker of model %s %s; the next one starts in %.1f s", self.status.model, how, delay_s)
+        logger.error("worker of model %s %s; the next one starts in %.1f s", self.status.model, how, delay_s)
         if self._deaths_in_a_row >= self._policy.crash_loop_deaths:
             text = f"{self._deaths_in_a_row} workers died in a row; the last one {how}"
             self.fail(WorkerDied(text, retry_after_s=delay_s))
@@ -199,7 +199,7 @@ class WorkerSupervisor:
         await asyncio.sleep(delay_s)
 
     async def _after_failed_load(self, error: SlipstreamError) -> None:
-        _log.error("model %s cannot be loaded: %s", self.status.model, error.message)
+        logger.error("model %s cannot be loaded: %s", self.status.model, error.message)
         self.fail(error)
         if self._was_ready:
             await asyncio.sleep(self._policy.slow_retry_s)

@@ -48,7 +48,7 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.specs import TaskSpec
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 INPUTS_PER_TICKET = 32
 """How many inputs of one call travel together: what one death of a worker, or one turn in the queue, is about."""
@@ -340,7 +340,7 @@ class WriterRun(TaskRun):
             outcome = error
         except Exception:
             log_id = uuid.uuid4().hex[:12]
-            _log.exception("an input of %s failed in the front, log id %s", self.spec.id, log_id)
+            logger.exception("an input of %s failed in the front, log id %s", self.spec.id, log_id)
             outcome = InternalError(f"internal error {log_id}")
         self._answer(index, outcome)
 

@@ -40,7 +40,7 @@ from slipstream_server.models.cache import require_free_bytes, storage_errors
 from slipstream_server.models.folder import SLOW_TOKENIZER_FILES
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]{0,127}", re.ASCII)
@@ -103,7 +103,7 @@ def fetch_snapshot(
     try:
         info = _ask_hub(repository, revision, access)
     except DependencyUnavailable as error:
-        _log.info("hub not reachable for %s: %s", repository, error.message)
+        logger.info("hub not reachable for %s: %s", repository, error.message)
         return _from_local_cache(repository, revision, access, error.message)
     sizes = _wanted_sizes(info.siblings or (), tokenizer_only)
     total_bytes = sum(sizes.values())

@@ -35,7 +35,7 @@ from slipstream_server.models.load_options import LoadOptions, Quantization
 from slipstream_server.models.quantization import mend_quantized, quantization_config, require_package
 from slipstream_server.models.task_classes import HEADS, head_of, tasks_of
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Task -> the transformers class that puts the right head on the model; a checkpoint's own class comes first.
 AUTO_CLASSES: Mapping[str, str] = {
@@ -260,7 +260,7 @@ def _load_errors(task: str) -> Iterator[None]:
     except Exception as error:
         if _is_out_of_memory(error):
             raise OutOfMemory("the device has not enough memory for this model") from error
-        _log.exception("loading a model for %s failed", task)
+        logger.exception("loading a model for %s failed", task)
         raise ModelLoadFailed(
             f"transformers {transformers.__version__} could not load the model for {task} ({type(error).__name__})"
         ) from error

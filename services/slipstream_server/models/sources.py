@@ -49,7 +49,7 @@ from slipstream_server.models.packages import fetch_package_files
 from slipstream_server.models.preparation import run_preparation, run_sentiment_recipe
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage, ignore_progress
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_SPEC_LENGTH = 1024
 # Raise it when a prepared folder of an older Slipstream must not be reused.
@@ -220,7 +220,7 @@ class _Resolver:
             try:
                 return self._fetch(entry, source)
             except (DependencyUnavailable, ModelNotFound, PermissionDenied, MissingDependency) as error:
-                _log.info("model %s: skipping %s: %s", entry.name, source, error.message)
+                logger.info("model %s: skipping %s: %s", entry.name, source, error.message)
                 reasons.append(error.message)
         raise DependencyUnavailable(
             f"model {entry.name}: no source has it now: {'; '.join(reasons)}{self._elsewhere(entry)}",

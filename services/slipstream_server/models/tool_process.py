@@ -22,7 +22,7 @@ from slipstream_server import errors
 from slipstream_server.errors import DeadlineExceeded, FieldViolation, InternalError, OutOfMemory, SlipstreamError
 from slipstream_server.models import with_parent
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _MAX_LINE_BYTES = 16 * 1024 * 1024
 _ERRORS: Mapping[str, type[SlipstreamError]] = {
@@ -134,7 +134,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
 def _note(program: str, code: int, log: IO[bytes]) -> None:
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - 4000))
-    _log.warning("%s ended with %s: %s", program, code, log.read().decode(errors="replace"))
+    logger.warning("%s ended with %s: %s", program, code, log.read().decode(errors="replace"))
 
 
 def _failure(answer: Mapping[str, Any], code: int) -> SlipstreamError:

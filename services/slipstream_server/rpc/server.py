@@ -29,7 +29,7 @@ from slipstream_server.rpc.stalls import StallWatch
 from slipstream_server.rpc.telemetry import MetricsPort, RpcMetrics, new_registry
 from slipstream_server.rpc.tokens import TokenFile, TokenFileError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # How long calls that the drain has cut may take to send their status.
 _FLUSH_S = 2.0
@@ -121,7 +121,7 @@ class RpcServer:
                 await self.calls.wait_until_none(which=_is_work)
         except TimeoutError:
             count = self.calls.cut(draining(), which=_is_work)
-            log.warning("drain: %d calls outlived the grace of %g s and were ended", count, grace_s)
+            logger.warning("drain: %d calls outlived the grace of %g s and were ended", count, grace_s)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_FLUSH_S):
                     await self.calls.wait_until_none(which=_is_work)
@@ -161,7 +161,7 @@ class RpcServer:
     async def _follow(self, name: str, readiness: Callable[[], AsyncIterator[bool]]) -> None:
         async for ready in readiness():
             if ready != self.health.is_serving(name):
-                log.info("%s is %s", name, "SERVING" if ready else "NOT_SERVING")
+                logger.info("%s is %s", name, "SERVING" if ready else "NOT_SERVING")
             self.health.set(name, ready)
 
 
@@ -252,7 +252,7 @@ def _naming_port(key: str, host: str, port: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        log.debug("cannot listen", exc_info=error)
+        logger.debug("cannot listen", exc_info=error)
         raise ConfigError([f"{key}: cannot listen on {host}:{port}; is the port in use?"]) from None
 
 

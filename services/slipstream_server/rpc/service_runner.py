@@ -21,7 +21,7 @@ from slipstream_server.otel import export_metrics
 from slipstream_server.rpc.server import Mount, RpcServer
 from slipstream_server.rpc.telemetry import new_registry
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ async def run_service(
     with _signals(stopping) as impatient:
         await server.start()
         try:
-            log.info("%s listens on %s:%d", service.name, listen.host, server.port)
+            logger.info("%s listens on %s:%d", service.name, listen.host, server.port)
             if on_started is not None:
                 on_started(server)
             async with _background(service, server, on_serving) as tasks:
@@ -68,7 +68,7 @@ async def run_service(
             await server.close()
             # It may wait for a collector that does not answer.
             await asyncio.to_thread(end_export)
-    log.info("%s has stopped", service.name)
+    logger.info("%s has stopped", service.name)
     return 0 if died is None else 1
 
 
@@ -100,7 +100,7 @@ async def _run(work: Callable[[], Awaitable[None]]) -> None:
 
 async def _announce(name: str, server: RpcServer, on_serving: Callable[[RpcServer], None] | None) -> None:
     await server.health.wait_serving()
-    log.info("%s is SERVING on port %d", name, server.port)
+    logger.info("%s is SERVING on port %d", name, server.port)
     if on_serving is not None:
         on_serving(server)
 
@@ -115,19 +115,19 @@ async def _first_death(tasks: Mapping[str, asyncio.Task[None]], stopping: asynci
     for name, task in tasks.items():
         if task.done():
             failure = None if task.cancelled() else task.exception()
-            log.critical("background task %r has ended; the service stops", name, exc_info=failure)
+            logger.critical("background task %r has ended; the service stops", name, exc_info=failure)
             return name
     return None
 
 
 async def _drain(server: RpcServer, grace_s: float, impatient: asyncio.Event) -> None:
-    log.info("draining: %d calls are running, grace %g s", len(server.calls), grace_s)
+    logger.info("draining: %d calls are running, grace %g s", len(server.calls), grace_s)
     drain = asyncio.create_task(server.drain(grace_s))
     hurried = asyncio.create_task(impatient.wait())
     await asyncio.wait((drain, hurried), return_when=asyncio.FIRST_COMPLETED)
     hurried.cancel()
     if not drain.done():
-        log.warning("second signal: running calls are ended now")
+        logger.warning("second signal: running calls are ended now")
         drain.cancel()
         await asyncio.gather(drain, return_exceptions=True)
         await server.drain(0.0)

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BEAT_S = 0.05
 STALL_S = 0.2
@@ -55,7 +55,7 @@ class StallWatch:
         while not self._stop.wait(_BEAT_S):
             beat_s = self._last_beat_s
             if stack and beat_s > stalled_at_s:
-                log.warning("the event loop stood still for %.2f s, at\n%s", beat_s - stalled_at_s, stack)
+                logger.warning("the event loop stood still for %.2f s, at\n%s", beat_s - stalled_at_s, stack)
                 self._on_stall()
                 stack = ""
             elif not stack and time.monotonic() - beat_s > STALL_S:

@@ -21,7 +21,7 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from slipstream_server import errors
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DOMAIN = "slipstream"
 DETAILS_KEY = "grpc-status-details-bin"
@@ -100,7 +100,7 @@ def as_slipstream_error(exception: BaseException) -> errors.SlipstreamError:
         if known and len(known) == len(leaves):
             return known[0]
     error_id = uuid.uuid4().hex[:12]
-    log.error("unforeseen %s, error_id %s", type(exception).__name__, error_id, exc_info=exception)
+    logger.error("unforeseen %s, error_id %s", type(exception).__name__, error_id, exc_info=exception)
     return errors.InternalError(
         f"internal error; the server's log tells more under error_id {error_id}", metadata={"error_id": error_id}
     )
@@ -180,7 +180,7 @@ def _details_of(rpc_error: grpc.aio.AioRpcError) -> status_pb2.Status:
             try:
                 status.ParseFromString(value)
             except DecodeError:
-                log.warning("a service answered with status details that do not parse")
+                logger.warning("a service answered with status details that do not parse")
     return status
 
 

@@ -31,7 +31,7 @@ from prometheus_client import (
 
 from slipstream_server.otel import duration_histogram
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DURATION_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800)
 _SOCKET_TIMEOUT_S = 10.0
@@ -84,7 +84,7 @@ class _Handler(WSGIRequestHandler):
     timeout = _SOCKET_TIMEOUT_S
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it so
-        log.debug("metrics port: %s", format % args)
+        logger.debug("metrics port: %s", format % args)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

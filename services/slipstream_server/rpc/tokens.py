@@ -17,7 +17,7 @@ from pathlib import Path
 
 from slipstream_server import errors
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _CHECK_INTERVAL_S = 1.0
 _MAX_FILE_BYTES = 1 << 20
@@ -69,9 +69,9 @@ class TokenFile:
                 return
             self._names_by_digest = _read(self._path)
             self._stamp = stamp
-            log.info("token file read again: %d tokens", len(self._names_by_digest))
+            logger.info("token file read again: %d tokens", len(self._names_by_digest))
         except TokenFileError as error:
-            log.warning("token file not read again, the former tokens stay in force: %s", error)
+            logger.warning("token file not read again, the former tokens stay in force: %s", error)
 
     def _stat(self) -> tuple[int, int, int]:
         try:

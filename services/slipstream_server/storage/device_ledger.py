@@ -24,7 +24,7 @@ from slipstream_server.storage.process_identity import ProcessIdentity
 
 FILE = "devices.json"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Reservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,7 +111,7 @@ class DeviceLedger:
         except FileNotFoundError:
             return {}
         except msgspec.DecodeError:
-            log.warning("the device ledger was not readable and begins anew")
+            logger.warning("the device ledger was not readable and begins anew")
             return {}
 
     def _write(self, reservations: dict[str, Reservation]) -> None:

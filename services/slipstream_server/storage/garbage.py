@@ -32,7 +32,7 @@ References = Callable[[], Awaitable[AbstractSet[str]]]
 
 T = TypeVar("T")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ async def collect(store: ArtifactStore, references: References, grace: timedelta
     blobs = await _collect_blobs(store, before_s)
     leftovers = await store.threads.run(_remove_leftovers, store.place.staging, before_s)
     if artifacts or blobs or leftovers:
-        log.info("collected %s artifacts, %s blobs, %s unfinished uploads", artifacts, blobs, leftovers)
+        logger.info("collected %s artifacts, %s blobs, %s unfinished uploads", artifacts, blobs, leftovers)
     return Collected(artifacts=artifacts, blobs=blobs, leftovers=leftovers)
 
 
@@ -99,7 +99,7 @@ async def _collect_blobs(store: ArtifactStore, before_s: float) -> int:
         except NotFound:
             continue
         except CorruptArtifact:
-            log.error(
+            logger.error(
                 "the manifest of artifact %s is damaged: no blob is collected until it is mended or removed", digest
             )
             raise

@@ -26,7 +26,7 @@ from slipstream_server.storage.database import Database
 
 _SCRIPT_FOLDER = Path(__file__).parent / "migration_script"
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ def _upgrade(connection: Connection, schema: Schema) -> str:
     current = MigrationContext.configure(connection).get_current_revision()
     _check_known(current, {revision.revision for revision in script.walk_revisions()}, schema.service)
     if current != newest:
-        log.info("database of %s: upgrading from %s to %s", schema.service, current or "nothing", newest)
+        logger.info("database of %s: upgrading from %s to %s", schema.service, current or "nothing", newest)
         schema.upgrade(connection)
         _check_foreign_keys(connection, schema.service)
     return newest

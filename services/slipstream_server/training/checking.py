@@ -20,7 +20,7 @@ from slipstream_server.training.states import JobState
 from slipstream_server.training.tables import JobRow
 from slipstream_server.training.validation import JobValidator
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ROUND_S = 5.0
 _MAX_AT_ONCE = 2
@@ -52,7 +52,7 @@ class Checking:
                 try:
                     await self._begin(tasks)
                 except SlipstreamError as error:
-                    log.warning("checks are put off: %s", error.message)
+                    logger.warning("checks are put off: %s", error.message)
                 try:
                     async with asyncio.timeout(_ROUND_S):
                         await self._bell.wait()
@@ -90,7 +90,7 @@ class Checking:
             async with self._places:
                 await work()
         except SlipstreamError as error:
-            log.warning("the check of %s is put off: %s", name, error.message)
+            logger.warning("the check of %s is put off: %s", name, error.message)
             await asyncio.sleep(1.0)
         finally:
             self._running.discard(name)

@@ -38,7 +38,7 @@ from slipstream_server.training.resources import Dataset, DatasetReport, FileOfD
 from slipstream_server.training.states import ENDED, DatasetState
 from slipstream_server.training.tables import REQUESTS, DatasetRow, JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # Failures that another try may not meet.
 _PASSING = (StorageFull, DependencyUnavailable)
@@ -159,7 +159,7 @@ class Datasets:
         except SlipstreamError as error:
             await self._fail(dataset_id, error)
         except Exception:
-            log.exception("the rows of dataset %s could not be read", dataset_id)
+            logger.exception("the rows of dataset %s could not be read", dataset_id)
             await self._fail(dataset_id, InternalError("the rows could not be read; the service's log tells why"))
 
     async def _conclude(self, dataset_id: str, report: DatasetReport) -> None:

@@ -29,7 +29,7 @@ from slipstream_server.training.tables import REQUESTS, CheckpointRow, DatasetRo
 INTERVAL_S = 600.0
 _MOMENT_S = 3600.0
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +64,7 @@ class Housekeeping:
             try:
                 await self.round()
             except SlipstreamError as error:
-                log.warning("housekeeping was put off: %s", error.message)
+                logger.warning("housekeeping was put off: %s", error.message)
             await asyncio.sleep(self._interval_s)
 
     async def round(self, grace: timedelta = garbage.DEFAULT_GRACE) -> garbage.Collected:
@@ -89,7 +89,7 @@ class Housekeeping:
                 await session.execute(delete(CheckpointRow).where(CheckpointRow.job == job))
                 # In the transaction, so that nobody resumes it meanwhile.
                 await asyncio.to_thread(_remove, JobFolder(self._places.jobs / job).path)
-            log.info("the files of job %s are gone: it ended more than %s ago", job, self._kept)
+            logger.info("the files of job %s are gone: it ended more than %s ago", job, self._kept)
 
     async def _remove_unowned(self, folder: Path, owners: garbage.References) -> None:
         # Listed before the owners are read: a folder is never older than its row.

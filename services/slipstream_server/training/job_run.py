@@ -45,7 +45,7 @@ from slipstream_server.training.spool_intake import SpoolIntake, Taken, ending_o
 from slipstream_server.training.states import WITH_PROCESSES, JobState, Order
 from slipstream_server.training.tables import AttemptRow, JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 PAUSE_GRACE_S = 120.0
@@ -143,13 +143,13 @@ class JobRun:
             self._resumes = spec_of(row).retries.resume_from_checkpoint
             order = self._order(row, attempt)
         if attempt.pid is not None:
-            log.info("job %s, attempt %d: found again as process %d", self._job, self._number, attempt.pid)
+            logger.info("job %s, attempt %d: found again as process %d", self._job, self._number, attempt.pid)
             return ProcessIdentity(attempt.pid, attempt.process_start)
         root = await asyncio.to_thread(process_tree.find_root, self._mark)
         if root is None:
             root = await asyncio.to_thread(process_tree.launch, order, self._around.command(order))
         await self._keep(root)
-        log.info("job %s, attempt %d runs as process %d", self._job, self._number, root.pid)
+        logger.info("job %s, attempt %d runs as process %d", self._job, self._number, root.pid)
         return root
 
     async def _new_attempt(self, session: AsyncSession, row: JobRow) -> AttemptRow:
@@ -196,7 +196,7 @@ class JobRun:
             return Taken.SOMETHING
 
     async def _pass(self, error: Exception) -> None:
-        log.warning("job %s waits for the database: %s", self._job, error)
+        logger.warning("job %s waits for the database: %s", self._job, error)
         await asyncio.sleep(1.0)
 
     async def _deadline_s(self) -> float | None:
@@ -283,7 +283,7 @@ class JobRun:
         retry_time_s = None if wait_s is None else time.time() + wait_s
         failed = AttemptFailed(problem=problem, retry_time_s=retry_time_s)
         await journal.tell(session, row, [JobEvent(job=row.id, attempt=row.attempt, body=failed)])
-        log.warning("job %s, attempt %d failed: %s: %s", row.id, row.attempt, problem.reason, problem.message)
+        logger.warning("job %s, attempt %d failed: %s: %s", row.id, row.attempt, problem.reason, problem.message)
         if wait_s is None:
             await journal.move(session, row, JobState.FAILED, problem=problem)
         else:

@@ -28,7 +28,7 @@ import psutil
 from slipstream_server.errors import InternalError
 from slipstream_server.storage.process_identity import ProcessIdentity
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MARK = "SLIPSTREAM_TRAINING_ATTEMPT"
 _LOOK_S = 0.05
@@ -107,7 +107,7 @@ def end_tree(mark: str, grace_s: float) -> None:
     """
     _signal(_marked(mark), signal.SIGTERM)
     if not _wait_for_none(mark, grace_s):
-        log.warning("an attempt's processes outlived their grace of %g s and are killed", grace_s)
+        logger.warning("an attempt's processes outlived their grace of %g s and are killed", grace_s)
         kill_tree(mark)
 
 

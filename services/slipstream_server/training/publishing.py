@@ -34,7 +34,7 @@ from slipstream_server.training.specification import JobPlan, JobSpec, Publicati
 from slipstream_server.training.states import JobState, Order
 from slipstream_server.training.tables import JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _PASSING = (Unavailable, StorageFull)
@@ -89,7 +89,7 @@ class Publisher:
                 await self._publish(job, folder)
                 return
             except _PASSING as error:
-                log.warning("job %s waits for its publication: %s", job, error.message)
+                logger.warning("job %s waits for its publication: %s", job, error.message)
                 await self._explain(job, f"waiting to publish: {error.message}")
             except SlipstreamError as error:
                 await self._end(job, JobState.FAILED, Problem(reason=error.reason, message=error.message))
@@ -131,7 +131,7 @@ class Publisher:
             outcome=outcome,
         )
         version = await self._registry.upload(upload)
-        log.info("job %s is published as %s", row.id, version.name)
+        logger.info("job %s is published as %s", row.id, version.name)
         changes = {"version": version.name, "version_digest": version.digest}
         return await self._store(row.id, changes, ResultPublished(version=version.name, digest=version.digest))
 
@@ -184,5 +184,5 @@ def _checked_result(folder: JobFolder) -> TrainingResult:
         if result is not None and result.files == digest_folder(folder.adapter):
             return result
     except OSError as error:
-        log.warning("a finished job's files cannot be read: %s", error.strerror)
+        logger.warning("a finished job's files cannot be read: %s", error.strerror)
     raise CorruptArtifact("the trained adapter is not what the runner wrote")

@@ -35,7 +35,7 @@ from slipstream_server.training.spool import read_spool
 from slipstream_server.training.states import JobState
 from slipstream_server.training.tables import AttemptRow, CheckpointRow, JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _BETWEEN_PROGRESS_S = 1.0
 Ending = spool.Stopped | spool.Finished | spool.Failed
@@ -80,7 +80,7 @@ class SpoolIntake:
             self._offsets[job, number] = offset
             return Taken.NOTHING
         if batch.num_malformed:
-            log.warning("%d lines of job %s, attempt %d, are no events", batch.num_malformed, job, number)
+            logger.warning("%d lines of job %s, attempt %d, are no events", batch.num_malformed, job, number)
         async with self._fence.write() as session:
             attempt = await session.get_one(AttemptRow, (job, number))
             row = await session.get_one(JobRow, job)

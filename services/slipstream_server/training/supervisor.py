@@ -33,7 +33,7 @@ from slipstream_server.training.resources import Problem, plan_of, spec_of
 from slipstream_server.training.states import ENDED, WITH_PROCESSES, JobState
 from slipstream_server.training.tables import JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -104,7 +104,7 @@ class Supervisor:
             try:
                 return await work()
             except _PASSING as error:
-                log.warning("the supervisor waits: %s", error.message)
+                logger.warning("the supervisor waits: %s", error.message)
                 await asyncio.sleep(1.0)
 
     # The queue
@@ -195,10 +195,10 @@ class Supervisor:
         except FencedOut:
             raise
         except SlipstreamError as error:
-            log.error("job %s: %s", job, error.message)
+            logger.error("job %s: %s", job, error.message)
             await self._patiently(partial(self._fail, job, error))
         except Exception:
-            log.exception("job %s failed unexpectedly", job)
+            logger.exception("job %s failed unexpectedly", job)
             unforeseen = InternalError("the job could not be supervised; the service's log tells why")
             await self._patiently(partial(self._fail, job, unforeseen))
         finally:

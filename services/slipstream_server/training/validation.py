@@ -43,7 +43,7 @@ from slipstream_server.training.states import DatasetState, JobState
 from slipstream_server.training.supervisor import check_can_ever_fit
 from slipstream_server.training.tables import JobRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 QUICK_S = 5.0
 _PASSING = (StorageFull, DependencyUnavailable)
@@ -103,7 +103,7 @@ class Validation:
             taken_for = await self._registry.base_of(adapter)
         except SlipstreamError as error:
             # It is asked again when there is something to publish.
-            log.warning("the base of adapter %s is not known: %s", adapter, error.message)
+            logger.warning("the base of adapter %s is not known: %s", adapter, error.message)
             return base.name
         if taken_for and taken_for not in (base.name, base.served_as):
             raise IncompatibleAdapter(
@@ -177,7 +177,7 @@ class JobValidator:
         except SlipstreamError as error:
             await self._end(job, Problem(reason=error.reason, message=error.message, metadata=error.metadata), folder)
         except Exception:
-            log.exception("job %s could not be checked", job)
+            logger.exception("job %s could not be checked", job)
             message = "the job could not be checked; the service's log tells why"
             await self._end(job, Problem(reason=InternalError.reason, message=message), folder)
         else:

@@ -34,7 +34,7 @@ from slipstream_server.inference.registry_copy import (
 from slipstream_server.resource_names import AdapterAliasName, AdapterName, AdapterVersionName, ModelName
 from slipstream_server.rpc.status import error_of_status
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DIGEST_PREFIX = "sha256:"
 _SILENCE_S = 35.0
@@ -63,7 +63,7 @@ class RegistryWatch:
             try:
                 await self._follow()
             except RegistryGap as gap:
-                log.warning("the adapter registry left a gap (%s); a snapshot is taken", gap)
+                logger.warning("the adapter registry left a gap (%s); a snapshot is taken", gap)
                 self._wants_snapshot = True
             except InvalidRequest as error:  # our number is of its future: it was restored, or is another one
                 self._note_broken(error)
@@ -115,12 +115,12 @@ class RegistryWatch:
         self._pause_s = _FIRST_PAUSE_S
         if not self._is_connected:
             self._is_connected = True
-            log.info("the adapter registry is followed from event %d on", self._copy.sequence)
+            logger.info("the adapter registry is followed from event %d on", self._copy.sequence)
 
     def _note_broken(self, error: SlipstreamError) -> None:
         if self._is_connected is not False:
             known = f"event {self._copy.sequence} stays in force" if self._copy.is_filled else "nothing of it is known"
-            log.warning("the adapter registry cannot be followed (%s); %s", error.message, known)
+            logger.warning("the adapter registry cannot be followed (%s); %s", error.message, known)
         self._is_connected = False
 
 
