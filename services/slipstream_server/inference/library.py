@@ -91,12 +91,9 @@ class Library:
 
     async def answered(self, key: RequestKey) -> str | None:
         """The model that the request made or changed when it came before; RequestIdReused where it was another one."""
-        async with self._database.write() as session:
-            known = await REQUESTS.get_or_claim(session, key)
-            if known is None:
-                await REQUESTS.forget(session, key)
-                return None
-            return (known.response or b"").decode()
+        async with self._database.read() as session:
+            known = await REQUESTS.get(session, key)
+        return None if known is None else (known.response or b"").decode()
 
     async def purge(self) -> None:
         """Drop the memory of requests that has expired."""

@@ -1,7 +1,7 @@
 """Idempotency: the answer to a ``request_id`` is kept for 24 hours; a repeat gets it instead of doing the work twice.
 
-Every call runs inside the caller's write transaction, the one that makes the resource, so that the resource and the
-memory of it appear together. Knows no message type: requests and answers are bytes.
+Every call but ``get`` runs inside the caller's write transaction, the one that makes the resource, so that the resource
+and the memory of it appear together. Knows no message type: requests and answers are bytes.
 """
 
 from __future__ import annotations
@@ -52,19 +52,28 @@ class RequestRecords:
     def __init__(self, metadata: MetaData) -> None:
         self.table = Table("request_records", metadata, *request_record_columns())
 
-    async def get_or_claim(self, session: AsyncSession, key: RequestKey) -> Remembered | None:
-        """What is known of ``key``; where nothing is, None, and the key is claimed: do the work, then ``answer``.
+    async def get(self, session: AsyncSession, key: RequestKey) -> Remembered | None:
+        """What is known of ``key``, if anything. Only reads.
 
         Raises RequestIdReused where the same id came with a different request.
         """
-        table, now = self.table, utc_now()
-        found = select(table.c.request_sha256, table.c.response, table.c.expire_time).where(*self._is(key))
+        c = self.table.c
+        found = select(c.request_sha256, c.response).where(*self._is(key), c.expire_time > utc_now())
         row = (await session.execute(found)).one_or_none()
-        if row is not None and row.expire_time > now:
-            return _same_request(key, row.request_sha256, row.response)
+        return None if row is None else _same_request(key, row.request_sha256, row.response)
+
+    async def get_or_claim(self, session: AsyncSession, key: RequestKey) -> Remembered | None:
+        """What is known of ``key``; where nothing is, None, and the key is claimed: do the work, then ``answer``.
+
+        Raises as ``get``.
+        """
+        known = await self.get(session, key)
+        if known is not None:
+            return known
+        now = utc_now()
         await self.forget(session, key)
         await session.execute(
-            insert(table).values(
+            insert(self.table).values(
                 owner=key.owner,
                 method=key.method,
                 request_id=key.request_id,

@@ -64,11 +64,9 @@ class Datasets:
 
     async def repeated(self, key: RequestKey) -> Dataset | None:
         """The dataset that was made for ``key``, None for a new request. Raises RequestIdReused, DatasetNotFound."""
-        async with self._database.write() as session:
-            known = await REQUESTS.get_or_claim(session, key)
+        async with self._database.read() as session:
+            known = await REQUESTS.get(session, key)
             if known is None or known.response is None:
-                # Claimed for good only together with the dataset: an upload that dies must not block its repeat.
-                await REQUESTS.forget(session, key)
                 return None
             return dataset_of(await find_dataset(session, key.owner, known.response.decode()))
 

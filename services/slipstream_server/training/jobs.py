@@ -73,11 +73,9 @@ class Jobs:
 
     async def repeated(self, key: RequestKey) -> Job | None:
         """The job that was made for ``key``, None for a new request. Raises RequestIdReused, JobNotFound."""
-        async with self._database.write() as session:
-            known = await REQUESTS.get_or_claim(session, key)
+        async with self._database.read() as session:
+            known = await REQUESTS.get(session, key)
             if known is None or known.response is None:
-                # Claimed for good only together with the job: a request that was refused may be mended and sent again.
-                await REQUESTS.forget(session, key)
                 return None
             return await self._seen(session, await find_job(session, key.owner, known.response.decode()))
 

@@ -79,6 +79,19 @@ async def test_a_claim_given_up_can_be_made_again(db: Database) -> None:
     assert await claim(db, key(b"another")) is None
 
 
+async def test_looking_claims_nothing_and_needs_no_write(db: Database) -> None:
+    async def look(wanted: RequestKey) -> Remembered | None:
+        async with db.read() as session:
+            return await requests.get(session, wanted)
+
+    assert await look(key()) is None
+    assert await claim(db, key()) is None
+    await answer(db, key(), b"done")
+    assert await look(key()) == Remembered(b"done")
+    with pytest.raises(RequestIdReused, match="r-1"):
+        await look(key(b"make a table"))
+
+
 async def test_an_answer_is_kept_for_24_hours_and_no_longer(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     start = utc_now()
     await claim(db, key())
