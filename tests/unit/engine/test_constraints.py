@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import queue
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from tests.conftest import Eventually
 from tests.unit.engine.driving import Answer, Bench, request, tiny_model
 from tokenizers import Tokenizer
 
@@ -190,6 +193,68 @@ def test_cancel_and_deadline_work_in_the_anteroom(grammars: Grammars) -> None:
     assert (request_id, error.reason) == (late.id, "DEADLINE_EXCEEDED")
     assert room.take_ready() == []
     assert room.wait_s() is None
+
+
+class SlowGrammars(Grammars):
+    """Compiles "slow..." only once it is let go on."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, VOCAB)
+        self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self.may_go_on = threading.Event()
+
+    def compile(self, constraint: Constraint) -> Any:
+        self.begun.put(constraint.text)
+        if constraint.text.startswith("slow"):
+            assert self.may_go_on.wait(60)
+        return super().compile(constraint)
+
+
+async def test_compilations_that_do_not_end_hold_up_nobody_for_ever(
+    folder: Path, assert_eventually: Eventually
+) -> None:
+    now = 0.0
+    grammars = SlowGrammars(folder)
+    room = Anteroom(grammars, clock=lambda: now, compile_limit_s=10.0)
+    slow, behind, gone = (
+        [asked("regex", f"slow{i}") for i in range(2)],
+        asked("regex", "behind"),
+        asked("regex", "gone"),
+    )
+    try:
+        for each in (*slow, behind, gone):
+            assert room.enter(each)
+        assert {grammars.begun.get(timeout=60) for _ in slow} == {"slow0", "slow1"}
+        assert room.take_ready() == []
+        assert room.take_failed(now) == []
+        room.forget(gone.id)
+
+        now = 10.5
+        assert room.take_ready() == []
+        after, again = asked("regex", "after"), asked("regex", "slow0")
+        assert room.enter(after)
+        assert room.enter(again)
+        assert room.take_ready() == []
+        failed = {request_id: error.reason for request_id, error in room.take_failed(now)}
+        assert failed == {
+            slow[0].id: "INVALID_FIELD", slow[1].id: "INVALID_FIELD", behind.id: "QUEUE_FULL",
+            after.id: "QUEUE_FULL", again.id: "INVALID_FIELD",
+        }  # fmt: skip
+        assert len(room) == 0
+    finally:
+        grammars.may_go_on.set()
+
+    def is_free_again() -> bool:
+        room.take_ready()
+        return room.enter(asked("regex", "slow0")) is False
+
+    await assert_eventually(is_free_again)
+    late = asked("regex", "free")
+    assert room.enter(late)
+    await assert_eventually(lambda: [each.id for each in room.take_ready()] == [late.id])
+    # What nobody waited for any more was never begun.
+    assert grammars.begun.get(timeout=60) == "free"
+    assert grammars.begun.empty()
 
 
 def test_without_grammars_a_constraint_is_refused_by_name() -> None:

@@ -1,7 +1,9 @@
 """Where constrained requests wait until their grammar is compiled; the others never enter.
 
 Engine thread, which is never blocked: compilations run on threads of their own and are looked at when the engine
-steps. A grammar that cannot be compiled, or not in time, fails the requests that have it and no other. Torch-free.
+steps. A grammar that cannot be compiled, or not in time, fails the requests that have it and no other. Nothing can stop
+a compilation that has begun: while every thread is held by one that is late, all who would wait for a thread are
+refused, so that nobody waits for what may never come. Torch-free.
 
     enter -> (compiling) -> take_ready -> the scheduler -> guides -> rows
 """
@@ -15,7 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from slipstream_server.errors import DeadlineExceeded, InternalError, InvalidField, SlipstreamError, UnsupportedField
+from slipstream_server.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidField,
+    QueueFull,
+    SlipstreamError,
+    UnsupportedField,
+)
 from slipstream_server.inference.engine.constraints import Grammars, Guide, content_key
 from slipstream_server.inference.engine.faults import log_failure
 from slipstream_server.inference.engine.scheduler import has_expired
@@ -33,7 +42,7 @@ class _Compilation:
     """One grammar on its way; ``since_s`` is when a thread began."""
 
     since_s: float | None = None
-    outcome: Future[Any] = field(default_factory=Future)
+    outcome: Future[Any] = field(init=False)
 
 
 class Anteroom:
@@ -71,22 +80,30 @@ class Anteroom:
         found = self._grammars.cached(request.constraint)
         if found is not None:
             return not self._settle(request, found)
-        self._waiting[request.id] = (request, self._compilation(request.constraint))
+        compilation = self._compilation(request.constraint)
+        if compilation is None:
+            self._refuse(request)
+        else:
+            self._waiting[request.id] = (request, compilation)
         return True
 
     def take_ready(self) -> list[GenerationRequest]:
         """Requests whose grammar is there, in the order they came; they are here no more."""
         ready = []
+        is_stuck = self._is_stuck()
         for request, compilation in list(self._waiting.values()):
             if compilation.outcome.done():
                 del self._waiting[request.id]
                 if self._settle(request, compilation.outcome.result()):
                     ready.append(request)
-            elif compilation.since_s is not None and self._clock() - compilation.since_s > self._limit_s:
+            elif self._is_late(compilation):
                 del self._waiting[request.id]
                 text = f"takes longer than {self._limit_s:g} s to compile; make it smaller"
                 self._failed.append((request.id, InvalidField.of("constraint", text)))
-        self._compilations = {key: one for key, one in self._compilations.items() if not one.outcome.done()}
+            elif is_stuck:
+                del self._waiting[request.id]
+                self._refuse(request)
+        self._drop_unwanted()
         return ready
 
     def take_failed(self, now_s: float) -> list[tuple[int, SlipstreamError]]:
@@ -125,21 +142,44 @@ class Anteroom:
         self._prototypes[request.id] = found
         return True
 
-    def _compilation(self, constraint: Constraint) -> _Compilation:
+    def _refuse(self, request: GenerationRequest) -> None:
+        text = f"constraint: all {_NUM_THREADS} threads that compile constraints are held by others; try again later"
+        self._failed.append((request.id, QueueFull(text)))
+
+    def _is_late(self, compilation: _Compilation) -> bool:
+        return compilation.since_s is not None and self._clock() - compilation.since_s > self._limit_s
+
+    def _is_stuck(self) -> bool:
+        """Whether every thread is held by a compilation that is late."""
+        late = [one for one in self._compilations.values() if not one.outcome.done() and self._is_late(one)]
+        return len(late) >= _NUM_THREADS
+
+    def _drop_unwanted(self) -> None:
+        """Forget compilations that are done, and those that nobody waits for and no thread has begun."""
+        wanted = {compilation for _, compilation in self._waiting.values()}
+        self._compilations = {
+            key: one
+            for key, one in self._compilations.items()
+            if not one.outcome.done() and (one in wanted or not one.outcome.cancel())
+        }
+
+    def _compilation(self, constraint: Constraint) -> _Compilation | None:
+        """The constraint's compilation, begun or in line for a thread; None where there is no thread to wait for."""
         key = content_key(constraint)
         if key not in self._compilations:
-            self._compilations[key] = _Compilation()
-            self._threads.submit(self._compile, self._compilations[key], constraint)
+            if self._is_stuck():
+                return None
+            compilation = self._compilations[key] = _Compilation()
+            compilation.outcome = self._threads.submit(self._compile, compilation, constraint)
         return self._compilations[key]
 
-    def _compile(self, compilation: _Compilation, constraint: Constraint) -> None:
-        """A compiling thread's work; never raises."""
+    def _compile(self, compilation: _Compilation, constraint: Constraint) -> Any:
+        """A compiling thread's work: the prototype or the error; never raises."""
         assert self._grammars is not None
         compilation.since_s = self._clock()
         try:
-            outcome: Any = self._grammars.compile(constraint)
+            return self._grammars.compile(constraint)
         except SlipstreamError as error:
-            outcome = error
+            return error
         except BaseException as error:  # llguidance panics with a BaseException
-            outcome = InternalError(f"internal error {log_failure(error, 'compiling a constraint')}")
-        compilation.outcome.set_result(outcome)
+            return InternalError(f"internal error {log_failure(error, 'compiling a constraint')}")
