@@ -6,8 +6,8 @@ alone: where there is a tokenizer.json, transformers ignores ``add_bos_token`` a
 differ from transformers on purpose: the legacy clean-up of spaces before punctuation is never applied, because a stream
 cannot take text back, and nothing is ever truncated or padded.
 
-Methods block for as long as the text is long; call them on threads (the library releases the GIL). The object is
-immutable after loading and may be shared by threads. Knows nothing of requests.
+Methods block for as long as the text is long; call them on threads, which leave the interpreter to others meanwhile.
+The object is immutable after loading and may be shared by threads. Knows nothing of requests.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ from slipstream_server.models.folder import read_json_if_present
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+
+# What is shorter takes about as long as handing the interpreter over and back.
+_BRIEF_CHARS = 2048
+_BRIEF_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +77,12 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of ``text``. Special tokens written out in it count as special tokens, as in transformers."""
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        ids: list[int] = encoding_of(self.backend, text, add_special_tokens=add_special_tokens).ids
         return ids
 
     def encode_spans(self, text: str, *, add_special_tokens: bool = True) -> list[TokenSpan]:
         """The tokens of ``text`` with the characters they cover."""
-        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        encoding = encoding_of(self.backend, text, add_special_tokens=add_special_tokens)
         return [
             TokenSpan(token_id=token_id, token=token, start=start, end=end)
             for token_id, token, (start, end) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
@@ -86,13 +90,33 @@ class TextTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of ``token_ids``; ids that the tokenizer does not know give nothing."""
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        ids = list(token_ids)
+        if len(ids) <= _BRIEF_TOKENS:
+            text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:
+            [text] = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it."""
         token: str | None = self.backend.id_to_token(token_id)
         return token
+
+
+def encoding_of(
+    backend: tokenizers.Tokenizer, text: str | Sequence[str], *, add_special_tokens: bool
+) -> tokenizers.Encoding:
+    """The library's account of a text, or of words, while other threads go on however long it takes.
+
+    ``encode`` keeps the interpreter to itself to the end, over a second for a text of 1 MiB; ``encode_batch`` lets go of
+    it (tokenizers 0.23).
+    """
+    is_words = not isinstance(text, str)
+    options = {"is_pretokenized": is_words, "add_special_tokens": add_special_tokens}
+    if (sum(map(len, text)) if is_words else len(text)) <= _BRIEF_CHARS:
+        return backend.encode(text, **options)
+    [encoding] = backend.encode_batch([text], **options)
+    return encoding
 
 
 def _content(value: object) -> str | None:

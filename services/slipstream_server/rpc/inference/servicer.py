@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import grpc
@@ -10,6 +11,7 @@ import grpc
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream_server.errors import InvalidField
 from slipstream_server.inference.front import InferenceFront
+from slipstream_server.models.tokenizer import TokenSpan
 from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference import convert
 from slipstream_server.rpc.inference.tasks import TaskMethods
@@ -47,10 +49,8 @@ class InferenceServicer(TaskMethods):
         model = self._model(request.model)
         add_special_tokens = request.add_special_tokens if request.HasField("add_special_tokens") else True
         spans = await self._front.tokenize(model, request.text, add_special_tokens=add_special_tokens)
-        tokens = [
-            inference_pb2.Token(id=span.token_id, token=span.token, start=span.start, end=span.end) for span in spans
-        ]
-        return inference_pb2.TokenizeResponse(tokens=tokens, model=str(ModelName(model)))
+        # A text of 1 MiB is a million tokens at most: they are not to be waited for by everybody else.
+        return await asyncio.to_thread(_tokenized, spans, str(ModelName(model)))
 
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
@@ -75,3 +75,10 @@ class InferenceServicer(TaskMethods):
 
     def _model(self, name: str) -> str:
         return self._front.name_of(convert.model_id(name))
+
+
+def _tokenized(spans: Iterable[TokenSpan], model: str) -> inference_pb2.TokenizeResponse:
+    response = inference_pb2.TokenizeResponse(model=model)
+    for span in spans:
+        response.tokens.add(id=span.token_id, token=span.token, start=span.start, end=span.end)
+    return response

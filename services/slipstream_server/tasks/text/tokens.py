@@ -13,6 +13,7 @@ from typing import Any, Literal
 import tokenizers
 
 from slipstream_server.errors import InvalidField, ModelLoadFailed, PromptTooLong
+from slipstream_server.models.tokenizer import encoding_of
 
 Cut = Literal["none", "first", "second", "longest"]
 """Which of two texts is cut where they are too long together; "first" is also for a text alone."""
@@ -47,13 +48,13 @@ class TextEncoder:
 
         Raises PromptTooLong, naming ``field``, where they are too long and ``cut`` does not allow to shorten them.
         """
-        first = self._splitter.encode(text, add_special_tokens=False)
-        second = None if pair is None else self._splitter.encode(pair, add_special_tokens=False)
+        first = self._split(text)
+        second = None if pair is None else self._split(pair)
         return self._shortened(first, second, cut, field, max_tokens or self.max_tokens)
 
     def encode_words(self, words: Sequence[str], *, cut: Cut, field: str) -> tokenizers.Encoding:
         """The tokens of words; offsets count within each word."""
-        first = self._splitter.encode(list(words), is_pretokenized=True, add_special_tokens=False)
+        first = self._split(list(words))
         return self._shortened(first, None, cut, field, self.max_tokens)
 
     def windows(
@@ -74,9 +75,8 @@ class TextEncoder:
         Raises InvalidField, naming ``stride_field``, where windows would not get on, PromptTooLong, naming
         ``staying_field``, where the text that stays leaves no room.
         """
-        words = None if isinstance(text, str) else list(text)
-        first = self._splitter.encode(words or text, is_pretokenized=words is not None, add_special_tokens=False)
-        second = None if pair is None else self._splitter.encode(pair, add_special_tokens=False)
+        first = self._split(text if isinstance(text, str) else list(text))
+        second = None if pair is None else self._split(pair)
         if second is not None and max_first_tokens is not None:
             (first if cut_second else second).truncate(max_first_tokens)
         moving, staying = (second, first) if cut_second and second is not None else (first, second)
@@ -93,6 +93,9 @@ class TextEncoder:
             moving.truncate(room, stride=stride, direction=self._direction)
         whole = self._backend.post_process(first, second)
         return [whole, *whole.overflowing]
+
+    def _split(self, text: str | Sequence[str]) -> tokenizers.Encoding:
+        return encoding_of(self._splitter, text, add_special_tokens=False)
 
     def _shortened(
         self,
