@@ -108,8 +108,8 @@ def encoding_of(
 ) -> tokenizers.Encoding:
     """The library's account of a text, or of words, while other threads go on however long it takes.
 
-    ``encode`` keeps the interpreter to itself to the end, over a second for a text of 1 MiB; ``encode_batch`` lets go of
-    it (tokenizers 0.23).
+    ``encode`` keeps the interpreter to itself to the end, over a second for a text of 1 MiB; ``encode_batch`` lets go
+    of it (tokenizers 0.23).
     """
     is_words = not isinstance(text, str)
     options = {"is_pretokenized": is_words, "add_special_tokens": add_special_tokens}

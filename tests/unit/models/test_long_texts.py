@@ -16,8 +16,8 @@ from unit.models.tokenizer_folders import byte_level, save_folder
 
 LONG = ("The old captain saw a stórm over the harbour; 日本 was far. " * 20_000)[: 1024 * 1024]
 LEAST_TURNS = 20
-"""Of a thread that asks for one every millisecond, while another tokenizes for a good part of a second. One that is kept
-out has two at most: before and after."""
+"""Of a thread that asks for one every millisecond, while another tokenizes for a good part of a second. One that is
+kept out has two at most: before and after."""
 
 
 @pytest.fixture(scope="module")
