@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from prometheus_client import CollectorRegistry
 from tests.e2e.tiny_model import write_tiny_model
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
@@ -60,6 +61,7 @@ class ModelService:
     root: Path
     sizes: dict[str, int]
     address: str
+    registry: CollectorRegistry
 
     async def load(self, name: str, **fields: Any) -> pb2.Model:
         return await self.stub.LoadModel(pb2.LoadModelRequest(name=name, **fields))
@@ -121,7 +123,9 @@ async def model_service(
     def measure(plan: ModelPlan, capacity: Mapping[str, int]) -> dict[str, int]:
         return {"cpu": known_sizes.get(plan.name, SIZE)}
 
-    front = InferenceFront(FrontConfig(restart=RestartPolicy(first_delay_s=0.01, max_delay_s=0.05)))
+    registry = CollectorRegistry()
+    restart = RestartPolicy(first_delay_s=0.01, max_delay_s=0.05)
+    front = InferenceFront(FrontConfig(restart=restart), registry=registry)
     database = Database(DatabaseConfig.sqlite(data / "inference.db"))
     await migrate(database, SCHEMA)
     library = Library(database)
@@ -154,6 +158,7 @@ async def model_service(
                     root=root,
                     sizes=known_sizes,
                     address=f"127.0.0.1:{server.port}",
+                    registry=registry,
                 )
     finally:
         for task in running:

@@ -161,6 +161,26 @@ async def test_only_what_is_unloaded_is_deleted_and_a_users_folder_stays(tmp_pat
         assert error_info(refused.value) == ("NOT_FOUND", "MODEL_NOT_FOUND")
 
 
+async def test_of_a_deleted_model_nothing_is_measured_or_remembered(
+    tmp_path: Path, assert_eventually: Eventually
+) -> None:
+    def measured(service: ModelService) -> set[str]:
+        labels = [sample.labels for family in service.registry.collect() for sample in family.samples]
+        return {each.get("model") or each.get("gen_ai_request_model") or "" for each in labels} - {""}
+
+    async with model_service(tmp_path) as service:
+        for name in ("kept", "gone"):
+            folder(service.root, name)
+            await service.loaded(name)
+            await generate(service, name)
+        await service.unload("gone")
+        await service.reached("gone", MODEL.STATE_UNLOADED)
+        assert measured(service) == {"kept", "gone"}
+        await service.stub.DeleteModel(pb2.DeleteModelRequest(name="gone"))
+        assert measured(service) == {"kept"}
+        await assert_eventually(lambda: set(service.loads.states._changes) == {"kept"})
+
+
 async def test_files_that_the_service_made_go_with_their_model_and_no_others(tmp_path: Path) -> None:
     async with model_service(tmp_path) as service:
         made, foreign = folder(tmp_path / "own", "made"), folder(tmp_path, "foreign")

@@ -75,6 +75,7 @@ class FrontModels:
     def forget(self, name: str) -> None:
         """A model that is not served is known no more."""
         self._expected.arrived(name)
+        self._metrics.forget(name)
         self.notify()
 
     def add_model(self, plan: ModelPlan) -> None:
@@ -122,7 +123,7 @@ class FrontModels:
             await asyncio.gather(model.task, return_exceptions=True)
         if self._models.get(name) is model:
             self._models.pop(name)
-            self._metrics.forget(name)
+            self._metrics.unloaded(name)
             if then is not None:
                 self._expected.fail(name, then)
         self.notify()

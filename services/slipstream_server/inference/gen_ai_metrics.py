@@ -38,6 +38,10 @@ class GenAiMetrics:
     def of(self, model: str, operation: str) -> OperationMetrics:
         return OperationMetrics(self, model, operation)
 
+    def forget(self, model: str) -> None:
+        for instrument in (self.duration, self.first_token, self.per_output_token):
+            instrument.forget(model)
+
 
 class OperationMetrics:
     """Measurements of one kind of operation on one model."""
@@ -74,6 +78,10 @@ class _Instrument:
             self._otel.record(
                 seconds, {key: value for key, value in zip(self._attributes, values, strict=True) if value}
             )
+
+    def forget(self, model: str) -> None:
+        """OpenTelemetry's own meter has no way to drop a series."""
+        self._prometheus.remove_by_labels({"gen_ai_request_model": model})
 
 
 def _attribute(label: str) -> str:

@@ -29,14 +29,23 @@ class InferenceMetrics:
     """The collectors of one front."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        self._gauges: list[Gauge] = []
+        self._totals: list[Counter | Histogram] = []
+
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"slipstream_{name}", text, ["model", *labels], registry=registry)
+            made = Counter(f"slipstream_{name}", text, ["model", *labels], registry=registry)
+            self._totals.append(made)
+            return made
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"slipstream_{name}", text, ["model"], registry=registry)
+            made = Gauge(f"slipstream_{name}", text, ["model"], registry=registry)
+            self._gauges.append(made)
+            return made
 
         def histogram(name: str, text: str, buckets_s: tuple[float, ...] = _LATENCY_BUCKETS_S) -> Histogram:
-            return Histogram(f"slipstream_{name}", text, ["model"], registry=registry, buckets=buckets_s)
+            made = Histogram(f"slipstream_{name}", text, ["model"], registry=registry, buckets=buckets_s)
+            self._totals.append(made)
+            return made
 
         self.num_requests_running = gauge("num_requests_running", "Requests in the batch.")
         self.num_requests_waiting = gauge("num_requests_waiting", "Requests that have not joined a batch yet.")
@@ -69,24 +78,24 @@ class InferenceMetrics:
         self.tasks = TaskMetrics(registry, self.gen_ai, _LATENCY_BUCKETS_S)
         self.lora_requests = LoraRequestsInfo()
         registry.register(self.lora_requests)
-        self._per_model = (
-            self.num_requests_running,
-            self.num_requests_waiting,
-            self.max_batch_size,
-            self.kv_cache_tokens,
-            self.kv_cache_capacity,
-            self.kv_cache_usage,
-        )
 
     def of_model(self, model: str, *, max_batch_size: int) -> ModelMetrics:
         self.max_batch_size.labels(model).set(max_batch_size)
         return ModelMetrics(self, model)
 
-    def forget(self, model: str) -> None:
-        """Gauges of an unloaded model would stand still for ever; its counters stay, for it may come back."""
-        for gauge in self._per_model:
+    def unloaded(self, model: str) -> None:
+        """Gauges of an unloaded model would stand still for ever; its totals stay, for it may come back."""
+        for gauge in self._gauges:
             gauge.remove(model)
         self.lora_requests.forget(model)
+
+    def forget(self, model: str) -> None:
+        """Drop the totals of a deleted model as well: names that come and go must not add up."""
+        self.unloaded(model)
+        for total in self._totals:
+            total.remove_by_labels({"model": model})
+        self.tasks.forget(model)
+        self.gen_ai.forget(model)
 
 
 class ModelMetrics:

@@ -81,6 +81,7 @@ class ModelStates:
                     self._changes[status.model] = utc_now()
                     await self._became(status)
             seen = {status.model: status.state for status in statuses}
+            self._changes = {name: when for name, when in self._changes.items() if name in seen}
 
     async def _became(self, status: ModelStatus) -> None:
         name = status.model

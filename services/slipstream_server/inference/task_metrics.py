@@ -35,6 +35,10 @@ class TaskMetrics:
         """Who measures one task on one model; its series begin at zero with the first call of this."""
         return TaskObserver(self, model, task, is_generated=is_generated)
 
+    def forget(self, model: str) -> None:
+        self.latency.remove_by_labels({"model": model})
+        self.inputs.remove_by_labels({"model": model})
+
 
 class TaskObserver:
     """The metrics of one task on one model."""

@@ -115,8 +115,40 @@ def test_lora_requests_info_is_as_the_gateway_reads_it(metrics: Metrics) -> None
         "model": "m", "running_lora_adapters": "legal,tone", "waiting_lora_adapters": "support", "max_lora": "8",
     }  # fmt: skip
     assert sample.value > 1.7e9  # seconds of the epoch: the gateway takes the latest
-    metrics.front.forget("m")
+    metrics.front.unloaded("m")
     assert "lora_requests_info{" not in generate_latest(metrics.registry).decode()
+
+
+def test_of_a_deleted_model_no_series_is_left(metrics: Metrics) -> None:
+    def use(model: ModelMetrics) -> None:
+        model.engine(stats(steps_total=5, kv_tokens=96, kv_capacity_tokens=128))
+        model.worker_died()
+        for adapter in ("", "adapters/support/versions/v3"):
+            request = model.of_request(adapter, operation="chat", arrival_s=0.0)
+            request.joined(0.01, 30)
+            request.first_token(0.5)
+            request.next_tokens(4, 0.1)
+            request.generated(5)
+            request.succeeded(("eos_token",), 2.5)
+            request.failed("INTERNAL")
+        for is_generated in (False, True):
+            model.of_task("fill-mask", is_generated=is_generated).answered(0.1, "INVALID_FIELD")
+
+    def series() -> int:
+        return sum(len(family.samples) for family in metrics.registry.collect())
+
+    use(metrics.model)
+    before = series()
+    for number in range(3):
+        another = metrics.front.of_model(f"m{number}", max_batch_size=4)
+        another.watch(running=lambda: 0, waiting=lambda: 0)
+        use(another)
+        assert series() > before
+        metrics.front.unloaded(f"m{number}")
+        assert metrics.registry.get_sample_value("slipstream_engine_steps_total", {"model": f"m{number}"}) == 5
+        metrics.front.forget(f"m{number}")
+        assert series() == before
+    assert metrics.value("slipstream_engine_steps_total") == 5
 
 
 def test_tokens_and_requests_are_told_by_adapter(metrics: Metrics) -> None:
