@@ -32,8 +32,9 @@ from slipstream_server.errors import (
 from slipstream_server.models.facts import Family, ModelFacts, read_facts
 from slipstream_server.models.folder import check_adapter_folder, check_model_folder, refuse_code
 from slipstream_server.models.load_options import LoadOptions, Quantization
+from slipstream_server.models.missing import missing_package
 from slipstream_server.models.quantization import mend_quantized, quantization_config, require_package
-from slipstream_server.models.task_classes import HEADS, head_of, tasks_of
+from slipstream_server.models.task_classes import HEADS, head_for
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,8 @@ def default_task(facts: ModelFacts) -> str:
 
 def _auto_class(facts: ModelFacts, task: str) -> str:
     """The name of the class for ``task``; of several the one that the checkpoint was made for."""
-    head = head_of(facts)
-    if head is not None and task in tasks_of(facts):
+    head = head_for(facts, task)
+    if head is not None:
         return head.auto_class
     if task not in AUTO_CLASSES:
         raise InvalidField.of("task", f"{task!r} is not one of {', '.join(sorted(AUTO_CLASSES))}")
@@ -255,7 +256,7 @@ def _load_errors(task: str) -> Iterator[None]:
         raise
     except ImportError as error:
         raise MissingDependency(
-            f"loading needs a package that is not installed on this server ({error.name or 'see the log'})"
+            f"loading needs a package that is not installed on this server ({missing_package(error) or 'see the log'})"
         ) from error
     except Exception as error:
         if _is_out_of_memory(error):

@@ -239,6 +239,23 @@ HEADS: tuple[Head, ...] = (
     Head(auto_class="AutoModel", endings=("Model",), tasks=_EMBEDDING_TASKS),
 )
 
+# What models of another class's own can be loaded for, where a load names the task.
+_OTHER_USES: tuple[Head, ...] = (
+    Head(
+        auto_class="AutoModelForImageTextToText",
+        endings=("VisionEncoderDecoderModel",),
+        model_types=frozenset({"vision-encoder-decoder"}),
+        tasks=("document-question-answering",),
+        kind="multimodal",
+    ),
+    Head(
+        auto_class="AutoModelForSeq2SeqLM",
+        endings=("ForConditionalGeneration",),
+        model_types=frozenset({"bart", "mbart", "mt5", "t5"}),
+        tasks=("table-question-answering",),
+    ),
+)
+
 
 def head_of(facts: ModelFacts) -> Head | None:
     """The head of a model, by the first of its architectures that the table knows."""
@@ -246,6 +263,14 @@ def head_of(facts: ModelFacts) -> Head | None:
         for head in HEADS:
             if head.fits(architecture, facts.model_type):
                 return head
+    return None
+
+
+def head_for(facts: ModelFacts, task: str) -> Head | None:
+    """The head of a model that does ``task``; None where only a class of another kind does."""
+    for head in (*HEADS, *_OTHER_USES):
+        if task in head.tasks and any(head.fits(each, facts.model_type) for each in facts.architectures):
+            return head
     return None
 
 

@@ -217,7 +217,10 @@ DEPTH_ESTIMATION = _task(
 
 MASK_GENERATION = _task(
     id="mask-generation",
-    description="Finds all areas of a picture by itself, without labels. Pictures of at most 16,000,000 pixels.",
+    description=(
+        "Finds all areas of a picture by itself, without labels. Pictures of at most 16,000,000 pixels. Models of SAM "
+        "and SAM-HQ; those of SAM 2 need torchvision on the server."
+    ),
     input_kinds=(ImageInput.KIND,),
     result_kinds=(MaskGenerationResult.KIND,),
     parameters=(
@@ -236,7 +239,7 @@ MASK_GENERATION = _task(
     ),
     auto_classes=("AutoModelForMaskGeneration",),
     families=_VISION,
-    packages=("pillow", "torchvision"),
+    packages=_PICTURES,
 )
 
 KEYPOINT_MATCHING = _task(
@@ -292,14 +295,17 @@ VISUAL_QUESTION_ANSWERING = _task(
 
 DOCUMENT_QUESTION_ANSWERING = _task(
     id="document-question-answering",
-    description="Answers a question about a page, from the words on it or from the picture of it.",
+    description=(
+        "Answers a question about a page. LayoutLM needs the words on it with their boxes, LayoutLMv3 the picture "
+        "beside them, Donut the picture alone; there is no OCR here that would read words off a picture."
+    ),
     input_kinds=(DocumentQuestionInput.KIND,),
     result_kinds=(QuestionAnsweringResult.KIND,),
     parameters=(
         _top_k(1, "answers"),
         _int("doc_stride", "Tokens that neighbouring windows share. Default: half a window, at most 256.", 1, 4096),
-        _int("max_seq_len", "Tokens of a window. Default: what the model reads.", 16, 8192),
-        _int("max_answer_len", "Tokens of an answer at most.", 1, 1024, 15),
+        _int("max_seq_len", "Tokens of a window; no more than the model reads, which is the default.", 16, 8192),
+        _int("max_answer_len", "Tokens of an answer at most; no effect on models that write it.", 1, 1024, 15),
         _bool("handle_impossible_answer", "Whether no answer is an answer.", default=False),
     ),
     auto_classes=("AutoModelForDocumentQuestionAnswering", "AutoModelForImageTextToText"),

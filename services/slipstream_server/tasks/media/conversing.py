@@ -43,14 +43,14 @@ class ConversationPipeline(Pipeline):  # type: ignore[misc]
     _default_generation_config = GenerationConfig(max_new_tokens=256)
 
     def _sanitize_parameters(self, **generate: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        return {"max_new_tokens": generate.get("max_new_tokens")} if generate else {}, generate, {}
+        return {}, generate, {}
 
-    def preprocess(self, content: list[dict[str, Any]], max_new_tokens: int | None = None) -> dict[str, Any]:
+    def preprocess(self, content: list[dict[str, Any]]) -> dict[str, Any]:
         message = {"role": "user", "content": content}
         inputs = self.processor.apply_chat_template(
             [message], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         ).to(dtype=self.dtype)
-        _check_length(self.model.config, inputs["input_ids"].shape[1], max_new_tokens or 256)
+        _check_length(self.model.config, inputs["input_ids"].shape[1])
         return dict(inputs)
 
     def _forward(self, model_inputs: dict[str, Any], **generate: Any) -> dict[str, Any]:
@@ -65,13 +65,10 @@ class ConversationPipeline(Pipeline):  # type: ignore[misc]
         ]
 
 
-def _check_length(config: Any, num_tokens: int, max_new_tokens: int) -> None:
-    text = config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None)
-    if limit and num_tokens + max_new_tokens > limit:
-        raise PromptTooLong.of(
-            "multimodal.parts", f"{num_tokens} tokens and max_new_tokens {max_new_tokens}; the model reads {limit}"
-        )
+def _check_length(config: Any, num_tokens: int) -> None:
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit and num_tokens >= limit:
+        raise PromptTooLong.of("multimodal.parts", f"{num_tokens} tokens; the model reads and writes {limit} in all")
 
 
 def _read_conversation(pipeline: Any, item: ImageInput | MultimodalInput, parameters: Parameters) -> Any:
@@ -159,5 +156,16 @@ def _eos_ids(pipeline: Any) -> set[int]:
     return {int(each) for each in flat if each is not None and not isinstance(each, torch.Tensor)}
 
 
-CONVERSATION = Steps(read=_read_conversation, arguments=_writing, company=_alone, shape=_shape_texts)
-CAPTION = Steps(read=_read_caption, arguments=_writing, company=_alone_where_drawn, shape=_shape_texts)
+def _num_started(pipeline: Any, inputs: Any) -> int:
+    """What stands before the answer; where a decoder of its own writes it, the token that starts it."""
+    if pipeline.model.config.is_encoder_decoder or "input_ids" not in inputs:
+        return 1
+    return int(inputs["input_ids"].shape[1])
+
+
+CONVERSATION = Steps(
+    read=_read_conversation, arguments=_writing, company=_alone, shape=_shape_texts, num_started=_num_started
+)
+CAPTION = Steps(
+    read=_read_caption, arguments=_writing, company=_alone_where_drawn, shape=_shape_texts, num_started=_num_started
+)

@@ -1,4 +1,8 @@
-"""mask-generation: every area of a picture that a SAM-like model finds by asking it about a grid of points."""
+"""mask-generation: every area of a picture that a SAM-like model finds by asking it about a grid of points.
+
+Transformers' pipeline takes one function of torchvision, the suppression of boxes that overlap better ones. Here it
+stands written out, so that SAM and SAM-HQ run without that package, which fits one release of torch only.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import MaskGenerationPipeline
 
 from slipstream_server.tasks.items import (
     Box,
@@ -35,6 +41,47 @@ MAX_MASK_BYTES = 2 * 1024**3
 _MASKS_PER_POINT = 3
 
 
+class LoneMaskPipeline(MaskGenerationPipeline):  # type: ignore[misc]
+    """As Transformers' own up to the masks that the model is sure of; then the better of those that overlap stay."""
+
+    def postprocess(
+        self, model_outputs: Sequence[dict[str, Any]], crops_nms_thresh: float = 0.7, **ignored: Any
+    ) -> list[tuple[np.ndarray, float, list[float]]]:
+        masks = [runs for output in model_outputs for runs in output["masks"]]
+        scores_N = torch.cat([output["iou_scores"] for output in model_outputs]).float().cpu()
+        boxes_N4 = torch.cat([output["boxes"] for output in model_outputs]).float().cpu()
+        return [
+            (unrolled(masks[place]), float(scores_N[place]), boxes_N4[place].tolist())
+            for place in without_worse_twins(boxes_N4, scores_N, crops_nms_thresh)
+        ]
+
+
+def without_worse_twins(boxes_N4: torch.Tensor, scores_N: torch.Tensor, most_overlap: float) -> list[int]:
+    """Places of the boxes, best first, that no better one overlaps by more than ``most_overlap``.
+
+    Overlap is the share of the common area in that of both together; boxes are left, upper, right and lower edge.
+    """
+    kept, left_over = [], torch.argsort(scores_N, descending=True, stable=True)
+    areas_N = (boxes_N4[:, 2] - boxes_N4[:, 0]) * (boxes_N4[:, 3] - boxes_N4[:, 1])
+    while len(left_over):
+        best, left_over = int(left_over[0]), left_over[1:]
+        kept.append(best)
+        upper_left = torch.maximum(boxes_N4[left_over, :2], boxes_N4[best, :2])
+        lower_right = torch.minimum(boxes_N4[left_over, 2:], boxes_N4[best, 2:])
+        common = (lower_right - upper_left).clamp(min=0).prod(dim=1)
+        # 0 / 0 is no overlap: nothing is greater than not-a-number, and less is not asked.
+        overlap = common / (areas_N[left_over] + areas_N[best] - common)
+        left_over = left_over[~(overlap > most_overlap)]
+    return kept
+
+
+def unrolled(runs: dict[str, Any]) -> np.ndarray:
+    """A mask [H, W] from the lengths of its runs of 0 and 1 in turn, down the columns."""
+    height, width = runs["size"]
+    values = np.arange(len(runs["counts"])) % 2 == 1
+    return np.repeat(values, runs["counts"]).reshape(width, height).T
+
+
 class MaskRunner:
     """The pipeline asks the model for the picture's embedding while it preprocesses, so that all of it is ``run``."""
 
@@ -52,20 +99,9 @@ class MaskRunner:
         return [Piece(size=max(1, pixels // PIXELS_PER_TOKEN), payload=(image, arguments), group=Alone())]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
-        return [self._run(*piece.payload) for piece in pieces]
-
-    def _run(self, image: Any, arguments: dict[str, Any]) -> Any:
-        found = self._pipeline(image, output_bboxes_mask=True, **arguments)
-        return (
-            [np.asarray(mask) for mask in found["masks"]],
-            np.asarray(found["scores"].float()).tolist(),
-            np.asarray(found["bounding_boxes"].float()).tolist(),
-        )
+        return [self._pipeline(image, **arguments) for image, arguments in (piece.payload for piece in pieces)]
 
     def finish(self, item: TaskInput, parameters: Parameters, raw: Sequence[Any]) -> TaskResult:
-        masks, scores, boxes = raw[0]
-        found = [
-            GeneratedMask(score=score, mask=encode_mask(mask_HW), box=Box(*box))
-            for mask_HW, score, box in zip(masks, scores, boxes, strict=True)
-        ]
-        return MaskGenerationResult(masks=sorted(found, key=lambda each: -each.score))
+        return MaskGenerationResult(
+            masks=[GeneratedMask(score=score, mask=encode_mask(mask), box=Box(*box)) for mask, score, box in raw[0]]
+        )

@@ -29,6 +29,7 @@ Parameters = Mapping[str, Any]
 
 PIXELS_PER_TOKEN = 16 * 16
 SAMPLES_PER_TOKEN = 320
+DEFAULT_NEW_TOKENS = 256
 
 
 class Alone:
@@ -54,13 +55,15 @@ class Steps:
 
     ``read`` makes the pipeline's own input of ours; ``arguments`` are the keyword arguments that a plain call of the
     pipeline would get; ``shape`` makes our result of what it returns. ``company`` is what pieces must agree on, beside
-    the shapes of their tensors, to share a forward pass.
+    the shapes of their tensors, to share a forward pass. ``num_started``, of models that write, is how many tokens
+    stand before the first one written.
     """
 
     read: Callable[[Any, Any, Parameters], Any]
     shape: Callable[[Any, Any, Parameters, Any], TaskResult]
     arguments: Callable[[Any, Any, Parameters], dict[str, Any]] = _no_arguments
     company: Callable[[Any, Parameters], Hashable] = _any_company
+    num_started: Callable[[Any, Any], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,10 @@ class PipelineRunner:
             raise InvalidField.of("inputs", f"the model's processor refuses it: {_first_line(error)}") from error
         for each in inputs:
             _check_texts(self._pipeline.model.config, each)
+        if (num_started := self._steps.num_started) is not None:
+            forward |= _bounded_length(
+                self._pipeline.model, forward, max(num_started(self._pipeline, each) for each in inputs)
+            )
         company = self._steps.company(item, parameters)
         return [self._piece(_Payload(each, forward, parameters.get("seed")), company) for each in inputs]
 
@@ -130,6 +137,23 @@ def _check_texts(config: Any, inputs: Any) -> None:
     for ids in (text.get("input_ids") for text in texts):
         if limit and isinstance(ids, torch.Tensor) and ids.shape[-1] > limit:
             raise PromptTooLong.of("inputs", f"a text has {ids.shape[-1]} tokens; the model reads {limit}")
+
+
+def _bounded_length(model: Any, forward: Mapping[str, Any], num_started: int) -> dict[str, int]:
+    """Nothing, or a ``max_new_tokens`` that ends a text where the model's positions end: writing on is a failure of the
+    device. Raises InvalidField where the caller asks for more.
+    """
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not model.can_generate() or not positions:
+        return {}
+    room, asked = int(positions) - num_started, forward.get("max_new_tokens")
+    if room < 1:
+        raise PromptTooLong.of("inputs", f"{num_started} tokens; this model reads and writes {positions} in all")
+    if asked is not None and asked > room:
+        raise InvalidField.of("parameters.max_new_tokens", f"{asked}; here this model has room for {room}")
+    own = model.generation_config
+    length = asked or own.max_new_tokens or (own.max_length or DEFAULT_NEW_TOKENS + num_started) - num_started
+    return {"max_new_tokens": room} if length > room else {}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 
 from slipstream_server.errors import MissingDependency, ModelLoadFailed
+from slipstream_server.models.missing import missing_package
 
 _LOADERS = {
     "tokenizer": "AutoTokenizer",
@@ -36,10 +37,10 @@ def load_processors(pipeline_class: Any, folder: Path, *, without: tuple[str, ..
 def _load(loader: Any, folder: Path, name: str, *, required: bool) -> Any:
     try:
         return loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except ImportError as error:
-        if required:
-            raise MissingDependency(f"the model's {name} needs a package that is not installed") from error
     except Exception as error:  # each kind of file that is missing or odd raises its own
-        if required:
-            raise ModelLoadFailed(f"the model's {name} cannot be loaded ({type(error).__name__})") from error
-    return None
+        if not required:
+            return None
+        if (package := missing_package(error)) is not None or isinstance(error, ImportError):
+            text = f"the model's {name} needs a package that is not installed on this server"
+            raise MissingDependency(f"{text}: {package}" if package else text) from error
+        raise ModelLoadFailed(f"the model's {name} cannot be loaded ({type(error).__name__})") from error

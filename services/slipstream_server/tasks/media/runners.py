@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slipstream_server.errors import InvalidField, MissingDependency, ModelLoadFailed, UnsupportedField
+from slipstream_server.models.missing import missing_package
 from slipstream_server.tasks.media_specs import MEDIA_SPECS
 from slipstream_server.tasks.runner import Runner
 from slipstream_server.tasks.specs import TaskSpec
@@ -51,9 +52,8 @@ def media_runner(task_id: str, model: Any, processor_folder: Path, device: Any) 
     try:
         return _MAKERS[task_id](task_id, model, processor_folder, device)
     except ImportError as error:
-        raise MissingDependency(
-            f"{task_id} needs a package that is not installed: {error.name or 'unknown'}"
-        ) from error
+        package = missing_package(error) or "unknown"
+        raise MissingDependency(f"{task_id} needs a package that is not installed: {package}") from error
 
 
 def _pipeline(
@@ -100,23 +100,21 @@ def _runner(pipeline: Any, room: str, steps: str) -> Runner:
 
 
 def _masks(task_id: str, model: Any, folder: Path, device: Any) -> Runner:
-    from transformers import MaskGenerationPipeline
+    from slipstream_server.tasks.media.masks import LoneMaskPipeline, MaskRunner
 
-    from slipstream_server.tasks.media.masks import MaskRunner
-
-    return MaskRunner(_pipeline(MaskGenerationPipeline, task_id, model, folder, device))
+    return MaskRunner(_pipeline(LoneMaskPipeline, task_id, model, folder, device))
 
 
 def _documents(task_id: str, model: Any, folder: Path, device: Any) -> Runner:
-    from transformers import DocumentQuestionAnsweringPipeline
+    from slipstream_server.tasks.media.pages import READERS, PageQuestionPipeline, processors_left_out
 
-    # The caller reads the page; a processor that would start an OCR program is told not to.
-    is_words_only = model.config.model_type == "layoutlm"
-    without = ("image_processor", "feature_extractor") if is_words_only else ("feature_extractor",)
-    pipeline = _pipeline(DocumentQuestionAnsweringPipeline, task_id, model, folder, device, without=without)
+    kind = model.config.model_type
+    if kind not in READERS or (kind == "vision-encoder-decoder" and model.config.encoder.model_type != "donut-swin"):
+        raise UnsupportedField.of("task", f"{task_id} with {kind}; LayoutLM, LayoutLMv3 and Donut models can do it")
+    pipeline = _pipeline(PageQuestionPipeline, task_id, model, folder, device, without=processors_left_out(kind))
     if hasattr(pipeline.image_processor, "apply_ocr"):
-        pipeline.image_processor.apply_ocr = False
-    return _runner(pipeline, "questions", "DOCUMENT_QUESTIONS")
+        pipeline.image_processor.apply_ocr = False  # the caller reads the page
+    return _runner(pipeline, "pages", "DOCUMENT_QUESTIONS")
 
 
 def _conversations(task_id: str, model: Any, folder: Path, device: Any) -> Runner:

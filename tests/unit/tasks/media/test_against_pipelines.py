@@ -2,83 +2,24 @@
 
 from __future__ import annotations
 
-import io
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers as hf
-from PIL import Image
 
-from slipstream_server.errors import InvalidField, MissingDependency, ModelLoadFailed, PromptTooLong, UnsupportedField
+from slipstream_server.errors import InvalidField, ModelLoadFailed, PromptTooLong, UnsupportedField
 from slipstream_server.tasks import items
-from slipstream_server.tasks.media.runners import media_auto_class, media_runner, missing_packages
-from slipstream_server.tasks.media_specs import MASK_GENERATION
+from slipstream_server.tasks.media.runners import media_auto_class, media_runner
 from unit.tasks.media import tiny_media as tiny
-
-PICTURES = [(1, 40, 32), (2, 40, 32), (3, 36, 44)]
-LABELS = ("cat", "dog", "red photo")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tiny.Maker], tuple[Any, Path]]:
-    kept: dict[tiny.Maker, tuple[Any, Path]] = {}
-
-    def make(maker: tiny.Maker) -> tuple[Any, Path]:
-        if maker not in kept:
-            folder = tmp_path_factory.mktemp(maker.__name__)
-            kept[maker] = (maker(folder), folder)
-        return kept[maker]
-
-    return make
-
-
-def batched(runner: Any, inputs: Sequence[Any], parameters: Mapping[str, Any]) -> tuple[list[Any], int]:
-    """The results, and the size of the largest batch: pieces of one group run together."""
-    groups: dict[Any, list[tuple[int, int, Any]]] = defaultdict(list)
-    for index, item in enumerate(inputs):
-        for place, piece in enumerate(runner.prepare(item, parameters)):
-            assert piece.size >= 1
-            groups[piece.group].append((index, place, piece))
-    raw: dict[int, dict[int, Any]] = defaultdict(dict)
-    for members in groups.values():
-        for (index, place, _), result in zip(members, runner.run([piece for *_, piece in members]), strict=True):
-            raw[index][place] = result
-    results = [
-        runner.finish(item, parameters, [raw[index][place] for place in sorted(raw[index])])
-        for index, item in enumerate(inputs)
-    ]
-    return results, max(len(members) for members in groups.values())
-
-
-def plain(task: str, model: Any, folder: Path, *names: str, **more: Any) -> Any:
-    loaders = {
-        "tokenizer": hf.AutoTokenizer,
-        "image_processor": hf.AutoImageProcessor,
-        "feature_extractor": hf.AutoFeatureExtractor,
-        "processor": hf.AutoProcessor,
-    }
-    parts = {name: loaders[name].from_pretrained(folder) for name in names}
-    return hf.pipeline(task, model=model, device="cpu", **parts, **more)
+from unit.tasks.media.side_by_side import LABELS, PICTURES, batched, pictures, pixels, plain
 
 
 def assert_labels(result: Any, expected: list[dict[str, Any]]) -> None:
     assert [each.label for each in result.labels] == [each["label"] for each in expected]
     assert [each.score for each in result.labels] == pytest.approx([e["score"] for e in expected], abs=1e-4)
-
-
-def pixels(image: Any) -> np.ndarray:
-    opened = Image.open(io.BytesIO(image.png))
-    assert opened.size == (image.width_pixels, image.height_pixels)
-    return np.asarray(opened)
-
-
-def pictures() -> list[Any]:
-    return [items.ImageInput(data=tiny.png(*size)) for size in PICTURES]
 
 
 @pytest.mark.parametrize("parameters", [{"top_k": 2}, {"top_k": 50, "function_to_apply": "sigmoid"}])
@@ -214,49 +155,6 @@ def test_keypoint_matching(made: Any) -> None:
                 assert 0 <= point[1] <= 64
 
 
-@pytest.mark.skipif("torchvision" in missing_packages(MASK_GENERATION), reason="needs torchvision")
-def test_mask_generation(made: Any) -> None:
-    model, folder = made(tiny.sam)
-    runner = media_runner("mask-generation", model, folder, torch.device("cpu"))
-    parameters = {"points_per_crop": 4, "pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_batch": 5}
-    results, largest = batched(runner, pictures(), parameters)
-    assert largest == 1
-    pipe = plain("mask-generation", model, folder, "image_processor")
-    assert any(result.masks for result in results)
-    for size, result in zip(PICTURES, results, strict=True):
-        expected = pipe(tiny.picture(*size), **parameters)
-        scores = expected["scores"].tolist()
-        assert [each.score for each in result.masks] == pytest.approx(sorted(scores, reverse=True), abs=1e-4)
-        for found, place in zip(result.masks, np.argsort([-each for each in scores], kind="stable"), strict=True):
-            assert ((pixels(found.mask) > 0) == np.asarray(expected["masks"][place])).mean() > 0.99
-
-
-def words() -> tuple[items.PageWord, ...]:
-    names = ["total", "invoice", "number", "42", "on", "this", "page", "what", "color", "red", "blue", "7"]
-    return tuple(
-        items.PageWord(text=name, box=items.Box(10.0 * i, 20.0, 10.0 * i + 8, 30.0)) for i, name in enumerate(names)
-    )
-
-
-@pytest.mark.parametrize("parameters", [{"top_k": 3}, {"top_k": 4, "max_seq_len": 16, "doc_stride": 2}])
-def test_document_question_answering(made: Any, parameters: dict[str, Any]) -> None:
-    model, folder = made(tiny.layoutlm)
-    runner = media_runner("document-question-answering", model, folder, torch.device("cpu"))
-    questions = ["what is the total", "what color is this"]
-    results, _ = batched(
-        runner, [items.DocumentQuestionInput(question=each, words=words()) for each in questions], parameters
-    )
-    pipe = plain("document-question-answering", model, folder, "tokenizer")
-    boxes = [(word.text, [int(edge) for edge in (word.box.x_min, 20, word.box.x_max, 30)]) for word in words()]
-    for question, result in zip(questions, results, strict=True):
-        expected = pipe({"question": question, "word_boxes": boxes, "image": None}, **parameters)
-        assert [each.text for each in result.answers] == [each["answer"] for each in expected]
-        assert [each.score for each in result.answers] == pytest.approx([e["score"] for e in expected], abs=1e-4)
-        assert [(a.word_span.start_word, a.word_span.end_word) for a in result.answers] == [
-            (each["start"], each["end"]) for each in expected
-        ]
-
-
 @pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
 def test_image_text_to_text_with_a_chat_template(made: Any, task: str) -> None:
     model, folder = made(tiny.llava)
@@ -303,19 +201,6 @@ def test_speech_parameters_a_model_cannot_honour(
     assert caught.value.violations[0].field == f"parameters.{field}"
 
 
-def test_documents_that_cannot_be_read(made: Any) -> None:
-    model, folder = made(tiny.layoutlm)
-    runner = media_runner("document-question-answering", model, folder, torch.device("cpu"))
-    with pytest.raises(MissingDependency, match="OCR"):
-        runner.prepare(items.DocumentQuestionInput(question="what is this", image=tiny.png(1)), {})
-    with pytest.raises(InvalidField, match="doc_stride"):
-        long_question = items.DocumentQuestionInput(question="what " * 58, words=words())
-        runner.prepare(long_question, {})
-    outside = (items.PageWord(text="total", box=items.Box(0, 0, 1001, 5)),)
-    with pytest.raises(InvalidField, match=r"words\[0\].box"):
-        runner.prepare(items.DocumentQuestionInput(question="what", words=outside), {})
-
-
 def test_texts_that_are_too_long(made: Any) -> None:
     cpu = torch.device("cpu")
     compare = media_runner("zero-shot-image-classification", *made(tiny.clip), cpu)
@@ -331,9 +216,6 @@ def test_texts_that_are_too_long(made: Any) -> None:
 
 def test_what_is_not_offered(made: Any) -> None:
     model, folder = made(tiny.vit)
-    if "torchvision" in missing_packages(MASK_GENERATION):
-        with pytest.raises(MissingDependency, match="torchvision"):
-            media_runner("mask-generation", model, folder, torch.device("cpu"))
     with pytest.raises(InvalidField):
         media_runner("text-classification", model, folder, torch.device("cpu"))
     with pytest.raises(ModelLoadFailed):

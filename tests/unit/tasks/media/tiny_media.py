@@ -252,6 +252,56 @@ def layoutlm(folder: Path) -> Any:
     return _made(folder, hf.LayoutLMForQuestionAnswering, config, tokenizer())
 
 
+def _spelled(folder: Path, tokenizer_class: Any, **more: Any) -> Any:
+    """A byte-level tokenizer whose words are whole tokens where they follow a space, else letters."""
+    vocab = {name: index for index, name in enumerate(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])}
+    merges: list[tuple[str, str]] = []
+    for letter in ["Ġ", *map(chr, range(97, 123)), *map(chr, range(48, 58)), "?"]:
+        vocab[letter] = len(vocab)
+    for word in ("total", "invoice", "page", "red"):
+        for end in range(2, len(word) + 2):
+            spelled = ("Ġ" + word)[:end]
+            if spelled not in vocab:
+                merges.append((spelled[:-1], spelled[-1]))
+                vocab[spelled] = len(vocab)
+    return tokenizer_class(vocab=vocab, merges=merges, model_max_length=64, **more)
+
+
+def layoutlmv3(folder: Path) -> Any:
+    names = _spelled(folder, hf.LayoutLMv3Tokenizer)
+    config = hf.LayoutLMv3Config(
+        **{**SMALL, "hidden_size": 24}, vocab_size=len(names), max_position_embeddings=66, input_size=32, patch_size=8,
+        coordinate_size=4, shape_size=4, pad_token_id=1, bos_token_id=0, eos_token_id=2, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_rel_pos=16, rel_pos_bins=8, max_rel_2d_pos=16, rel_2d_pos_bins=8,
+    )  # fmt: skip
+    # As published checkpoints have it: told to start an OCR program.
+    return _made(folder, hf.LayoutLMv3ForQuestionAnswering, config, _square("LayoutLMv3ImageProcessorPil"), names)
+
+
+def donut(folder: Path) -> Any:
+    marks = ["<s_docvqa>", "<s_question>", "</s_question>", "<s_answer>", "</s_answer>"]
+    names = tokenizer(eos_token="[SEP]")
+    names.add_tokens(marks, special_tokens=True)
+    encoder = hf.DonutSwinConfig(
+        image_size=[32, 32], patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=2
+    )
+    decoder = hf.MBartConfig(
+        d_model=16, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=24, vocab_size=len(names),
+        max_position_embeddings=64, is_decoder=True, add_cross_attention=True, is_encoder_decoder=False,
+        bos_token_id=2, eos_token_id=3, pad_token_id=0, decoder_layerdrop=0.0, scale_embedding=True,
+    )  # fmt: skip
+    config = hf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 2, 0, 3
+    processor = hf.DonutImageProcessorPil(size={"height": 32, "width": 32})
+    model = _made(folder, hf.VisionEncoderDecoderModel, config, processor, names)
+    torch.manual_seed(9)  # weights with which some answers end
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, 0.0, 0.4 if "embed" not in name else 0.5)
+    model.generation_config = hf.GenerationConfig(decoder_start_token_id=2, pad_token_id=0, eos_token_id=3)
+    return model
+
+
 def llava(folder: Path) -> Any:
     names = tokenizer(eos_token="[SEP]", extra_special_tokens={"image_token": "<image>"})
     names.add_tokens(["<image>"], special_tokens=True)
@@ -378,19 +428,38 @@ def llama(folder: Path) -> Any:
 Maker = Callable[[Path], Any]
 
 
-def sam(folder: Path) -> Any:
-    vision = hf.SamVisionConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_dim=24, image_size=32, patch_size=8,
-        output_channels=16, window_size=2, global_attn_indexes=[1], num_pos_feats=8,
-    )  # fmt: skip
-    prompts = hf.SamPromptEncoderConfig(hidden_size=16, image_size=32, patch_size=8, mask_input_channels=4)
-    decoder = hf.SamMaskDecoderConfig(
-        hidden_size=16, mlp_dim=24, num_hidden_layers=1, num_attention_heads=2, iou_head_hidden_dim=16
-    )
-    config = hf.SamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+_SAM_VISION: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 24, "image_size": 32,
+    "patch_size": 8, "output_channels": 16, "window_size": 2, "num_pos_feats": 8,
+}  # fmt: skip
+_SAM_DECODER: dict[str, Any] = {
+    "hidden_size": 16, "mlp_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+}  # fmt: skip
+_SAM_PROMPTS = {"hidden_size": 16, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+
+
+def _sam_processor() -> Any:
     name = "SamImageProcessor" if hf.utils.is_torchvision_available() else "SamImageProcessorPil"
-    processor = getattr(hf, name)(
+    return getattr(hf, name)(
         size={"longest_edge": 32}, mask_size={"longest_edge": 16}, pad_size={"height": 32, "width": 32},
         mask_pad_size={"height": 16, "width": 16},
     )  # fmt: skip
-    return _made(folder, hf.SamModel, config, processor)
+
+
+def sam(folder: Path) -> Any:
+    config = hf.SamConfig(
+        vision_config=hf.SamVisionConfig(**_SAM_VISION, global_attn_indexes=[1]),
+        prompt_encoder_config=hf.SamPromptEncoderConfig(**_SAM_PROMPTS),
+        mask_decoder_config=hf.SamMaskDecoderConfig(**_SAM_DECODER),
+    )
+    return _made(folder, hf.SamModel, config, _sam_processor())
+
+
+def sam_hq(folder: Path) -> Any:
+    config = hf.SamHQConfig(
+        # Its second mask head reads the output of the first layer that attends to all of the picture.
+        vision_config=hf.SamHQVisionConfig(**_SAM_VISION, global_attn_indexes=[0, 1]),
+        prompt_encoder_config=hf.SamHQPromptEncoderConfig(**_SAM_PROMPTS),
+        mask_decoder_config=hf.SamHQMaskDecoderConfig(**_SAM_DECODER, vit_dim=16),
+    )
+    return _made(folder, hf.SamHQModel, config, _sam_processor())
