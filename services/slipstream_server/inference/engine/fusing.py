@@ -8,6 +8,7 @@ Engine thread, under inference_mode. Shapes: N tokens, W width, H heads, D head 
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -20,6 +21,8 @@ from torch import nn
 
 from slipstream_server.inference.engine import fused_kernels
 from slipstream_server.inference.engine.paged_attention import numpy_items
+
+logger = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 _PROBE_TOKENS = 3
@@ -188,7 +191,9 @@ def _random(*shape: int) -> torch.Tensor:
 def _agree(original: Callable[..., Any], fused: Callable[..., Any], *probe: torch.Tensor) -> bool:
     try:
         expected, found = original(*probe), fused(*probe)
-    except Exception:  # what takes other arguments, or does not add up, is something else
+    except Exception as error:  # what takes other arguments, or does not add up, is something else
+        name = getattr(original, "__qualname__", original)
+        logger.debug("%s stays as it is: %s: %s", name, type(error).__name__, error)
         return False
     pairs = zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]
     return all(
