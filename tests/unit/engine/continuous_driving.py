@@ -51,6 +51,7 @@ class ContinuousBench(Bench):
         grammars: Grammars | None = None,
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
+        runs_ahead: bool = False,
         **limits: int,
     ) -> None:
         self.now = time.monotonic()
@@ -64,6 +65,7 @@ class ContinuousBench(Bench):
             grammars=grammars,
             prefix_caching=prefix_caching,
             max_draft_tokens=max_draft_tokens,
+            runs_ahead=runs_ahead,
             clock=lambda: self.now,
         )
 

@@ -143,7 +143,7 @@ def test_a_row_without_a_choice_is_told_apart() -> None:
     scores = scores_for(rows).float()
     scores[1] = float("nan")
     best = int(scores[2].argmax())
-    choices = Chooser(rows, HouseRules(), torch.device("cpu")).choose(scores)
+    choices = Chooser(rows, HouseRules(), torch.device("cpu")).choose(scores).read()
     assert choices.is_exhausted == [True, False, False]
     assert choices.is_broken == [False, True, False]
     assert choices.token_ids[2] == best

@@ -103,6 +103,7 @@ def _continuous(
         grammars=grammars,
         prefix_caching=config.prefix_caching,
         max_draft_tokens=config.max_draft_tokens,
+        runs_ahead=loaded.device.type == "cuda",
     )
     is_recorded = loaded.device.type == "cuda" and model.record_decoding(
         CudaRecorder(loaded.device), config.max_batch_size, lambda done: report(0.9 + 0.1 * done, "recording steps")

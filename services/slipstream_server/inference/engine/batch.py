@@ -44,7 +44,7 @@ class Batch:
             logits_RV = self._pass.prefill()
         else:
             logits_RV = self._pass.decode()
-        return self._chooser.choose(logits_RV)
+        return self._chooser.choose(logits_RV).read()
 
     def release(self) -> None:
         """Give the device's memory back."""

@@ -19,6 +19,7 @@ from slipstream_server.inference.engine.constraints import Guide, Masks
 from slipstream_server.inference.engine.core import Row
 from slipstream_server.inference.engine.drawing import Sampler
 from slipstream_server.inference.engine.processors import HouseRules, Processors
+from slipstream_server.inference.engine.transfers import Arriving
 from slipstream_server.inference.generation import TopLogprobs
 
 NOT_NUMBERS = "the model's scores are not numbers"
@@ -64,7 +65,7 @@ class Chooser:
         if self._masks is not None:
             self._masks.begin()
 
-    def choose(self, logits_RV: torch.Tensor) -> Choices:
+    def choose(self, logits_RV: torch.Tensor) -> Chosen:
         """One token per row, from float32 or float64 logits, which are overwritten."""
         scores_RV = logits_RV
         raw_WV = self._logprobs_wanted(scores_RV)
@@ -82,14 +83,13 @@ class Chooser:
             if scores_RV.device.type != "cpu" or not bool(usable_R.all()):
                 scores_RV.masked_fill_(~usable_R[:, None], 0.0)
             self._sampler.choose(scores_RV, tokens_R)
-        # One transfer for all that the host must know.
-        token_ids, broken, usable = torch.stack([tokens_R, broken_R, usable_R]).tolist()
-        return Choices(
-            token_ids,
-            [bool(flag) for flag in broken],
-            [not flag and not other for flag, other in zip(usable, broken, strict=True)],
-            self._logprobs_of(raw_WV, tokens_R),
-            self._problems(usable) if self._guided else {},
+        return Chosen(
+            tokens_R,
+            # One transfer for all that the host must know.
+            Arriving(torch.stack([tokens_R, broken_R, usable_R])),
+            [index for index, _ in self._wanted],
+            None if raw_WV is None else self._logprobs_of(raw_WV, tokens_R),
+            self._guided,
         )
 
     def _apply_masks(self, scores_RV: torch.Tensor, masks: Masks) -> None:
@@ -101,6 +101,46 @@ class Chooser:
             if guide.is_complete and not bool(scores_RV[index].max().isfinite()):
                 scores_RV[index, [i for i in guide.ends if i < scores_RV.shape[1]]] = 0.0
 
+    def _logprobs_wanted(self, scores_RV: torch.Tensor) -> torch.Tensor | None:
+        if not self._wanted:
+            return None
+        index_W = torch.tensor([index for index, _ in self._wanted], device=scores_RV.device)
+        return scores_RV.index_select(0, index_W).float().log_softmax(dim=1)
+
+    def _logprobs_of(self, raw_WV: torch.Tensor, tokens_R: torch.Tensor) -> TopOf:
+        rows = [index for index, _ in self._wanted]
+        return TopOf(raw_WV, tokens_R[rows], [number or 0 for _, number in self._wanted])
+
+
+class Chosen:
+    """What was chosen for each row: on the device at once, on the host when it is read."""
+
+    def __init__(
+        self,
+        tokens_R: torch.Tensor,
+        facts_3R: Arriving,
+        logged: Sequence[int],
+        logprobs: TopOf | None,
+        guided: Sequence[tuple[int, Guide]],
+    ) -> None:
+        self.tokens_R = tokens_R
+        self._facts_3R = facts_3R
+        self._logged = logged
+        self._logprobs = logprobs
+        self._guided = guided
+
+    def read(self) -> Choices:
+        """The same for the host, waited for."""
+        token_ids, broken, usable = self._facts_3R.tolist()
+        tops = [] if self._logprobs is None else self._logprobs.read()
+        return Choices(
+            token_ids,
+            [bool(flag) for flag in broken],
+            [not flag and not other for flag, other in zip(usable, broken, strict=True)],
+            dict(zip(self._logged, tops, strict=True)),
+            self._problems(usable),
+        )
+
     def _problems(self, usable: Sequence[int]) -> dict[int, str]:
         """Guided rows that cannot go on, and why."""
         problems = {}
@@ -111,26 +151,17 @@ class Chooser:
                 problems[index] = "together with the request's bans it leaves no token to choose from"
         return problems
 
-    def _logprobs_wanted(self, scores_RV: torch.Tensor) -> torch.Tensor | None:
-        if not self._wanted:
-            return None
-        index_W = torch.tensor([index for index, _ in self._wanted], device=scores_RV.device)
-        return scores_RV.index_select(0, index_W).float().log_softmax(dim=1)
 
-    def _logprobs_of(self, raw_WV: torch.Tensor | None, tokens_R: torch.Tensor) -> dict[int, TopLogprobs]:
-        if raw_WV is None:
-            return {}
-        rows = [index for index, _ in self._wanted]
-        tops = top_logprobs(raw_WV, tokens_R[rows], [number or 0 for _, number in self._wanted])
-        return dict(zip(rows, tops, strict=True))
+class TopOf:
+    """The log probabilities of chosen tokens and, for each row, its ``numbers`` best alternatives, best first."""
 
+    def __init__(self, raw_WV: torch.Tensor, chosen_W: torch.Tensor, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+        self._of_chosen = Arriving(raw_WV.gather(1, chosen_W.to(raw_WV.device)[:, None])[:, 0])
+        values_WN, ids_WN = raw_WV.topk(min(max(numbers), raw_WV.shape[1]), dim=1)
+        self._values, self._ids = Arriving(values_WN), Arriving(ids_WN)
 
-def top_logprobs(raw_WV: torch.Tensor, chosen_W: torch.Tensor, numbers: Sequence[int]) -> list[TopLogprobs]:
-    """The chosen tokens' log probabilities and, for each row, its ``numbers`` best alternatives, best first."""
-    of_chosen = raw_WV.gather(1, chosen_W.to(raw_WV.device)[:, None])[:, 0].tolist()
-    most = min(max(numbers), raw_WV.shape[1])
-    values_WN, ids_WN = raw_WV.topk(most, dim=1)
-    return [
-        TopLogprobs(logprob, ids[:number], values[:number])
-        for logprob, ids, values, number in zip(of_chosen, ids_WN.tolist(), values_WN.tolist(), numbers, strict=True)
-    ]
+    def read(self) -> list[TopLogprobs]:
+        """The same for the host, waited for."""
+        rows = zip(self._of_chosen.tolist(), self._ids.tolist(), self._values.tolist(), self._numbers, strict=True)
+        return [TopLogprobs(logprob, ids[:number], values[:number]) for logprob, ids, values, number in rows]

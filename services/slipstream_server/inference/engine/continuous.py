@@ -2,6 +2,8 @@
 
     step()   schedule -> run one packed forward -> choose -> hand out
 
+On a GPU the forward of the next step is begun between the last two (running_ahead).
+
 Decoding sequences and chunks of prompts share every forward; keys and values lie in blocks that equal prefixes share.
 A failure of a forward is narrowed down by running its halves at once, down to the one sequence that fails alone:
 nothing is counted as computed before it has succeeded, and writing a block twice changes nothing. A beam search, which
@@ -25,7 +27,7 @@ from slipstream_server.inference.engine.adapters import AdapterSlots, NoAdapters
 from slipstream_server.inference.engine.anteroom import Anteroom
 from slipstream_server.inference.engine.beam_turns import BeamTurns
 from slipstream_server.inference.engine.checks import refusal
-from slipstream_server.inference.engine.choosing import NOT_NUMBERS, Chooser, top_logprobs
+from slipstream_server.inference.engine.choosing import NOT_NUMBERS, Chooser, Chosen, TopOf
 from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
 from slipstream_server.inference.engine.core import Generation, Row
@@ -36,6 +38,7 @@ from slipstream_server.inference.engine.ledger import Ledger, named
 from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.engine.packed_pass import PackedModel, num_wanted
 from slipstream_server.inference.engine.processors import HouseRules
+from slipstream_server.inference.engine.running_ahead import AheadLogits
 from slipstream_server.inference.engine.scheduler import has_expired
 from slipstream_server.inference.engine.sequences import Sequence as KVSequence
 from slipstream_server.inference.engine.transfers import to_device
@@ -51,7 +54,9 @@ logger = logging.getLogger(__name__)
 
 
 class ContinuousEngine:
-    """Serves one decoder-only model. ``max_draft_tokens`` 0: no speculation."""
+    """Serves one decoder-only model. ``max_draft_tokens`` 0: no speculation; ``runs_ahead``: without it, decode the
+    next token before this one is handed out, which pays where a device works beside the host.
+    """
 
     def __init__(
         self,
@@ -63,6 +68,7 @@ class ContinuousEngine:
         grammars: Grammars | None = None,
         prefix_caching: bool = True,
         max_draft_tokens: int = 0,
+        runs_ahead: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         model.use(num_blocks)
@@ -84,6 +90,9 @@ class ContinuousEngine:
         self._admitted: set[int] = set()
         self._holding: set[int] = set()
         self._chooser: tuple[list[Row], Chooser] | None = None
+        # Where the next step may bring drafts, its tokens are not known to be one for each row.
+        self._runs_ahead = runs_ahead and not max_draft_tokens
+        self._ahead: AheadLogits | None = None
 
     @property
     def num_steps(self) -> int:
@@ -131,6 +140,8 @@ class ContinuousEngine:
                 self._run(plan.chunks)
                 self._outbox.totals.steps += 1
                 self._outbox.totals.rows += len(plan.chunks)
+            else:
+                self._ahead = None
             self._beams.run(self._ledger, self._outbox)
             self._let_go()
         self._report()
@@ -204,7 +215,7 @@ class ContinuousEngine:
         except Exception as error:
             if is_fatal(error):
                 raise
-            self._chooser = None
+            self._chooser = self._ahead = None
             if len(chunks) == 1:
                 self._ledger.fail(chunks[0].sequence.row.request.id, named(error, "running one sequence"))
                 return
@@ -217,10 +228,13 @@ class ContinuousEngine:
     def _advance(self, chunks: Sequence[Chunk]) -> None:
         if not chunks:
             return
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            chunks = ahead.first(chunks)
         plain = [c for c in chunks if c.gives_token and not c.drafts]
         chooser = self._chooser_of([chunk.sequence.row for chunk in plain])
         chooser.prepare()
-        logits_MV = self._model.run(chunks, self._slots)
+        logits_MV = self._run_all(chunks) if ahead is None else ahead.complete(chunks, self._run_all)
         places = _last_places(chunks)
         for chunk in chunks:
             if chunk.sequence.wants_prompt_logits:
@@ -229,7 +243,10 @@ class ContinuousEngine:
         if len(plain) != len(logits_MV):
             wanted = np.array([places[chunk] for chunk in plain], dtype=np.int64)
             logits_MV = logits_MV.index_select(0, to_device(wanted, logits_MV.device))
-        choices = chooser.choose(logits_MV) if plain else None
+        chosen = chooser.choose(logits_MV) if plain else None
+        if chosen is not None and self._runs_ahead and len(plain) == len(chunks):
+            self._run_ahead(plain, chosen)
+        choices = None if chosen is None else chosen.read()
         # Nothing can fail from here on.
         for chunk in chunks:
             if chunk not in accepted:
@@ -241,6 +258,32 @@ class ContinuousEngine:
         if (choices is not None and any(choices.is_broken)) or not all(accepted.values()):
             # Keys and values may be no numbers either: nobody else is to read them.
             self._pool.forget_prefixes()
+
+    def _run_all(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        return self._model.run(chunks, self._slots)
+
+    def _run_ahead(self, chunks: Sequence[Chunk], chosen: Chosen) -> None:
+        """Begin the next forward of those who want one unless the token just chosen ends them."""
+        going = [(place, chunk) for place, chunk in enumerate(chunks) if self._takes_room_ahead(chunk.sequence)]
+        if not going:
+            return
+        places, chunks = zip(*going, strict=True)
+        ids_A = chosen.tokens_R.index_select(0, to_device(np.array(places), chosen.tokens_R.device))
+        try:
+            logits_AV = self._model.run_ahead(chunks, ids_A, self._slots)
+        except Exception as error:
+            if is_fatal(error):
+                raise
+            # The step that wants it runs it again, and finds out whose fault it is.
+            logger.debug("running ahead failed: %s", error)
+        else:
+            self._ahead = AheadLogits([chunk.sequence for chunk in chunks], logits_AV)
+
+    def _takes_room_ahead(self, sequence: KVSequence) -> bool:
+        """Whether a further token may follow the one just chosen; if so, it has room from now on."""
+        row = sequence.row
+        may_follow = row.is_live and row.num_generated + 1 < row.request.stopping.max_new_tokens
+        return may_follow and self._scheduler.make_room_ahead(sequence)
 
     def _chooser_of(self, rows: list[Row]) -> Chooser:
         """The rows' chooser, made anew only when they have changed."""
@@ -288,7 +331,7 @@ class ContinuousEngine:
         next_T = torch.from_numpy(sequence.row.tokens[chunk.start + 1 : chunk.start + chunk.count + 1].copy())
         if len(next_T):
             raw_TV = logits_TV[: len(next_T)].log_softmax(dim=1)
-            known += top_logprobs(raw_TV, next_T, [number] * len(next_T))
+            known += TopOf(raw_TV, next_T, [number] * len(next_T)).read()
         if chunk.gives_token:
             self._outbox.put(PromptLogprobs(sequence.row.request.id, self._prompt_logprobs.pop(sequence)))
             sequence.wants_prompt_logits = False

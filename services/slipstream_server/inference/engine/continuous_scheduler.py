@@ -157,6 +157,12 @@ class ContinuousScheduler:
             self._coming.pop(digest, None)
             sequence.num_named += 1
 
+    def make_room_ahead(self, sequence: Sequence) -> bool:
+        """Give a running sequence room for one token more than it has; False where only others' blocks are left."""
+        blocks = self._pool.take(sequence.blocks_missing(sequence.num_tokens + 1))
+        sequence.blocks += blocks or []
+        return blocks is not None
+
     def check_integrity(self) -> None:
         """Assert that blocks, tables and states agree."""
         self._pool.check_integrity(sequence.blocks for sequence in self)

@@ -91,21 +91,27 @@ class DecodeGraphs:
         num_rows, num_blocks = layout.tables_SB.shape
         return bool(num_rows <= self._sizes[-1] and num_blocks <= self._table_blocks)
 
-    def run(self, token_ids: Any, layout: Layout) -> torch.Tensor:
-        """Logits ``[rows, V]`` of a step that ``fits``; overwritten by the next."""
+    def run(self, ids_R: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Logits ``[rows, V]`` of a step that ``fits``, its token ids on the host or on the device; overwritten by
+        the next.
+        """
         num_rows, num_blocks = layout.tables_SB.shape
         size = self._sizes[bisect.bisect_left(self._sizes, num_rows)]
         # Columns up to the widest table; fresh pinned memory each time, since the copy may still be under way.
         shape = (_FIRST_TABLE + num_blocks, self._buffer_CR.shape[1])
         host_CR = torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        self._fill(host_CR.numpy(), num_rows, token_ids, layout)
+        self._fill(host_CR.numpy(), num_rows, layout)
+        is_on_host = ids_R.device.type == "cpu"
+        if is_on_host:
+            host_CR[0, :num_rows] = ids_R
         self._buffer_CR[: shape[0]].copy_(host_CR, non_blocking=True)
+        if not is_on_host:
+            self._buffer_CR[0, :num_rows] = ids_R
         return self._replays[size]()[:num_rows]
 
-    def _fill(self, buffer_CR: Any, num_rows: int, token_ids: Any, layout: Layout) -> None:
+    def _fill(self, buffer_CR: Any, num_rows: int, layout: Layout) -> None:
         buffer_CR[:_FIRST_TABLE, num_rows:] = 0
         buffer_CR[_FIRST_TABLE:, num_rows:] = self._memory.spare_block
-        buffer_CR[0, :num_rows] = token_ids
         buffer_CR[1, :num_rows] = layout.positions_N
         buffer_CR[_FIRST_TABLE:, :num_rows] = layout.tables_SB.T
 

@@ -25,7 +25,7 @@ from slipstream_server.inference.engine.anteroom import Anteroom
 from slipstream_server.inference.engine.batch import Batch
 from slipstream_server.inference.engine.beams import beam_key, search
 from slipstream_server.inference.engine.checks import refusal
-from slipstream_server.inference.engine.choosing import top_logprobs
+from slipstream_server.inference.engine.choosing import TopOf
 from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.core import Generation, Row
 from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
@@ -202,7 +202,7 @@ class PaddedEngine:
         for logits_TV in prompt_logits(self._traits, row, self._slots, chunk_tokens):
             chosen_T = next_T[len(positions) - 1 : len(positions) - 1 + len(logits_TV)]
             raw_TV = logits_TV.float().log_softmax(dim=1)
-            positions += top_logprobs(raw_TV, chosen_T, [number] * len(chosen_T))
+            positions += TopOf(raw_TV, chosen_T, [number] * len(chosen_T)).read()
         return positions
 
     def _search_beams(self, generations: list[Generation]) -> None:
