@@ -34,7 +34,7 @@ from slipstream_server.inference.engine.paged_attention import (
 )
 from slipstream_server.inference.engine.passes import Traits
 from slipstream_server.inference.engine.sequences import blocks_for
-from slipstream_server.inference.engine.transfers import to_device
+from slipstream_server.inference.engine.transfers import on_device, to_device
 
 if TYPE_CHECKING:
     from slipstream_server.inference.engine.fused_decoder import FusedDecoder
@@ -146,18 +146,30 @@ class PackedModel:
     def run(self, chunks: Sequence[Chunk], slots: AdapterSlots) -> torch.Tensor:
         """Logits ``[M, V]`` in float32 of what the chunks want, in their order: see ``num_wanted``."""
         token_ids = np.concatenate([_tokens(chunk) for chunk in chunks])
+        return self._run(chunks, torch.from_numpy(token_ids), [num_wanted(chunk) for chunk in chunks], slots)
+
+    def run_ahead(self, chunks: Sequence[Chunk], ids_R: torch.Tensor, slots: AdapterSlots) -> torch.Tensor:
+        """Logits ``[R, V]`` in float32 after one further token of each chunk's sequence, which is still on its way to
+        the host. Overwritten by the next run of the model.
+        """
+        return self._run([Chunk(c.sequence, c.sequence.num_tokens, 1) for c in chunks], ids_R, [1] * len(chunks), slots)
+
+    def _run(
+        self, chunks: Sequence[Chunk], ids_N: torch.Tensor, nums_wanted: list[int], slots: AdapterSlots
+    ) -> torch.Tensor:
         layout = _layout(chunks)
-        if self._graphs is not None and _only_decode(chunks) and self._graphs.fits(layout):
-            return self._graphs.run(token_ids, layout)
         rows = [chunk.sequence.row for chunk in chunks]
         # Adapters are on the modules of a layer.
         as_one = all(row.request.adapter is None for row in rows)
+        only_decode = as_one and len(ids_N) == len(chunks) == sum(nums_wanted)
+        if self._graphs is not None and only_decode and self._graphs.fits(layout):
+            return self._graphs.run(ids_N, layout)
         wanted = np.concatenate(
-            [np.arange(end - num_wanted(c), end) for c, end in zip(chunks, layout.starts[1:], strict=True)]
+            [np.arange(end - number, end) for number, end in zip(nums_wanted, layout.starts[1:], strict=True)]
         )
         self._memory.lay_out(layout)
         with slots.applied(rows, [chunk.num_tokens for chunk in chunks], wanted.tolist()):
-            return self._forward(token_ids, layout.positions_N, wanted, as_one=as_one)
+            return self._forward(ids_N, layout.positions_N, wanted, as_one=as_one)
 
     @property
     def _item_dtype(self) -> torch.dtype:
@@ -173,10 +185,10 @@ class PackedModel:
             return CpuMemory(self._shapes, num_blocks, self._model.dtype)
         return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
 
-    def _forward(self, token_ids: Any, positions: Any, wanted: Any, *, as_one: bool = True) -> torch.Tensor:
+    def _forward(self, ids_N: torch.Tensor, positions: Any, wanted: Any, *, as_one: bool = True) -> torch.Tensor:
         device = self.traits.device
         logits_MV = self._logits(
-            to_device(token_ids, device)[None],
+            on_device(ids_N, device)[None],
             to_device(positions.astype(np.int64), device)[None],
             to_device(wanted, device),
             as_one=as_one,
@@ -209,7 +221,7 @@ class PackedModel:
         seats = seat(self._model, probe)
         self._model.set_attn_implementation(ATTENTION)
         try:
-            self._forward(np.zeros(2, dtype=np.int64), np.arange(2), np.arange(2))
+            self._forward(torch.zeros(2, dtype=torch.int64), np.arange(2), np.arange(2))
         except UnsupportedAttention:
             raise
         except Exception as error:
@@ -249,7 +261,7 @@ class PackedModel:
                     )
                 )
                 found_NV = self._forward(
-                    np.tile(ids[positions], 2), np.tile(positions, 2), np.arange(2 * len(positions))
+                    torch.from_numpy(np.tile(ids[positions], 2)), np.tile(positions, 2), np.arange(2 * len(positions))
                 )
                 self._compare(found_NV, expected_TV[positions].repeat(2, 1))
         finally:
@@ -260,13 +272,6 @@ class PackedModel:
         difference = float((found - expected.to(found.device)).abs().max()) / scale
         if not difference <= _TOLERANCE.get(self._model.dtype, _COARSE_TOLERANCE):
             raise UnsupportedAttention(f"answers that differ by {difference:.2g} when it is run from blocks")
-
-
-def _only_decode(chunks: Sequence[Chunk]) -> bool:
-    """Whether every row brings one token, wants what follows it, and wants it of the base."""
-    return all(
-        chunk.num_tokens == 1 and chunk.gives_token and chunk.sequence.row.request.adapter is None for chunk in chunks
-    )
 
 
 def num_wanted(chunk: Chunk) -> int:
