@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
-from slipstream_server.inference.engine.paged_attention import CpuMemory, LayerShape, Layout
+from slipstream_server.inference.engine.paged_attention import AttentionRule, CpuMemory, LayerShape, Layout
 
 # Sequences by what they held before the step and what it brings: decoding, short and long parts of prompts.
 SEQUENCES = [(0, 5), (31, 1), (70, 2), (200, 1), (64, 1), (0, 40), (50, 33), (300, 20), (0, 270)]
@@ -69,7 +69,7 @@ def test_attention_from_blocks(
             np.concatenate([both[i, s : s + c] for both, (s, c) in zip(states, spans, strict=True)]) for i in (0, 1)
         )
         given = [torch.from_numpy(a).to(dtype).transpose(0, 1)[None] for a in (queries_NHD, keys, values)]
-        found = memory.attend(0, *given, scale=size**-0.5, window=window, softcap=softcap)
+        found = memory.attend(0, *given, AttentionRule(scale=size**-0.5, window=window, softcap=softcap))
         return found[0].double().numpy()
 
     before = [(0, start) for start, _ in SEQUENCES]

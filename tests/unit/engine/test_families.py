@@ -19,6 +19,7 @@ from slipstream_server.inference.engine.assembly import assemble
 from slipstream_server.inference.engine.gpu_memory import GpuMemory
 from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.paged_attention import (
+    AttentionRule,
     CpuMemory,
     LayerShape,
     Layout,
@@ -203,12 +204,12 @@ def test_the_memory_of_other_devices_answers_as_that_of_the_cpu(window: int, sof
     )
     states = [torch.from_numpy(generator.normal(size=(1, heads, 105, 16))) for heads in (num_queries, 2, 2)]
     step, new_states = random_step(generator, shape, num_queries)
-    options = {"scale": 0.3, "window": window, "softcap": softcap}
+    rule = AttentionRule(scale=0.3, window=window, softcap=softcap)
     for layout, (queries, keys, values) in ((past, states), (step, new_states)):
         outputs = []
         for memory in (cpu, other):
             memory.lay_out(layout)
-            outputs.append(memory.attend(0, queries, keys, values, **options))
+            outputs.append(memory.attend(0, queries, keys, values, rule))
         torch.testing.assert_close(
             outputs[0], outputs[1], rtol=1e-6 if softcap else 1e-10, atol=1e-6 if softcap else 1e-10
         )

@@ -16,7 +16,7 @@ from slipstream_server.inference.engine.decode_graphs import CudaRecorder
 from slipstream_server.inference.engine.gpu_memory import GpuMemory
 from slipstream_server.inference.engine.kv_budget import blocks_within, device_memory
 from slipstream_server.inference.engine.packed_pass import PackedModel
-from slipstream_server.inference.engine.paged_attention import LayerShape, Layout
+from slipstream_server.inference.engine.paged_attention import AttentionRule, LayerShape, Layout
 from slipstream_server.inference.engine.passes import Traits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -29,10 +29,13 @@ def models(request: pytest.FixtureRequest) -> tuple[str, PackedModel]:
     return request.param, PackedModel(Traits.of(build(request.param, torch.float32).to(GPU)))
 
 
+@pytest.mark.parametrize("runs_ahead", [False, True])
 @pytest.mark.parametrize("is_recorded", [False, True])
-def test_answers_are_those_of_generate_alone(models: tuple[str, PackedModel], is_recorded: bool) -> None:
+def test_answers_are_those_of_generate_alone(
+    models: tuple[str, PackedModel], is_recorded: bool, runs_ahead: bool
+) -> None:
     name, model = models
-    bench = ContinuousBench(model, max_running=8)
+    bench = ContinuousBench(model, max_running=8, runs_ahead=runs_ahead)
     if is_recorded:
         assert model.record_decoding(CudaRecorder(GPU), 8)
     asked = prompts([4, 40, 9, 33, 17])
@@ -87,4 +90,5 @@ def _attended(
     memory: GpuMemory, layout: Layout, states: Sequence[torch.Tensor], window: int, softcap: float
 ) -> torch.Tensor:
     memory.lay_out(layout)
-    return memory.attend(0, *states, scale=states[0].shape[-1] ** -0.5, window=window, softcap=softcap)
+    rule = AttentionRule(scale=states[0].shape[-1] ** -0.5, window=window, softcap=softcap)
+    return memory.attend(0, *states, rule)

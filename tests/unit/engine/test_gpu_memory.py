@@ -17,7 +17,7 @@ import torch
 from slipstream_server.inference.engine import gathered_attention
 from slipstream_server.inference.engine.gpu_memory import GpuMemory, problem_with
 from slipstream_server.inference.engine.gpu_tables import num_decoding_rows
-from slipstream_server.inference.engine.paged_attention import LayerShape, Layout
+from slipstream_server.inference.engine.paged_attention import AttentionRule, LayerShape, Layout
 
 CPU = torch.device("cpu")
 MIXED = ((1, 1, 1, 5, 40), (70, 33, 31, 64, 20))
@@ -62,29 +62,27 @@ class Case:
         queries = self._random(num_tokens, self.num_query_heads)
         keys, values = self._random(num_tokens, self.num_heads), self._random(num_tokens, self.num_heads)
         self.memory.lay_out(layout)
-        settings = {"scale": 0.3, "window": 0, "softcap": 0.0, **options}
-        found = self.memory.attend(0, queries, keys, values, **settings)[0]
+        rule = AttentionRule(scale=0.3, **options)
+        found = self.memory.attend(0, queries, keys, values, rule)[0]
         outputs = []
         for row, (start, end) in enumerate(zip(layout.starts, layout.starts[1:], strict=False)):
             for n in range(start, end):
                 self.held[row].append(torch.stack([keys[0, :, n], values[0, :, n]]))
-                outputs.append(self._by_hand(queries[0, :, n], self.held[row], **settings))
+                outputs.append(self._by_hand(queries[0, :, n], self.held[row], rule))
         return found, torch.stack(outputs)
 
     def _random(self, num_tokens: int, num_heads: int) -> torch.Tensor:
         states = torch.randn(1, num_tokens, num_heads, self.size, generator=self.generator, dtype=self.dtype)
         return states.transpose(1, 2)
 
-    def _by_hand(
-        self, query_HD: torch.Tensor, held: Sequence[torch.Tensor], scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
-        keys_TKD, values_TKD = torch.stack(list(held[-window:])).unbind(1)
+    def _by_hand(self, query_HD: torch.Tensor, held: Sequence[torch.Tensor], rule: AttentionRule) -> torch.Tensor:
+        keys_TKD, values_TKD = torch.stack(list(held[-rule.window :])).unbind(1)
         outputs = []
         for head in range(self.num_query_heads):
             of = head * self.num_heads // self.num_query_heads
-            scores_T = keys_TKD[:, of] @ query_HD[head] * scale
-            if softcap:
-                scores_T = softcap * torch.tanh(scores_T / softcap)
+            scores_T = keys_TKD[:, of] @ query_HD[head] * rule.scale
+            if rule.softcap:
+                scores_T = rule.softcap * torch.tanh(scores_T / rule.softcap)
             outputs.append(scores_T.softmax(dim=0) @ values_TKD[:, of])
         return torch.stack(outputs)
 

@@ -9,14 +9,13 @@ K key heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from slipstream_server.inference.engine import fused_kernels
 from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, rotates_halves
-from slipstream_server.inference.engine.paged_attention import SEAT, CpuMemory, ShapeProbe, numpy_items
+from slipstream_server.inference.engine.paged_attention import SEAT, AttentionRule, CpuMemory, ShapeProbe, numpy_items
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
 
@@ -46,11 +45,11 @@ def _is_known(module: Any) -> bool:
 
 
 class _FusedLayer:
-    def __init__(self, decoder: FusedDecoder, module: Any, size: int, rule: Mapping[str, float]) -> None:
+    def __init__(self, decoder: FusedDecoder, module: Any, size: int, rule: AttentionRule) -> None:
         attention = module.self_attn
         self._decoder = decoder
         self._original = module.forward
-        self._attention, self._size, self._rule = attention, size, dict(rule)
+        self._attention, self._size, self._rule = attention, size, rule
         self._queries, self._keys, self._values = attention.q_proj, attention.k_proj, attention.v_proj
         self._joined = attention.o_proj
         self._first_norm: FusedNorm = module.input_layernorm.forward
@@ -91,5 +90,5 @@ class _FusedLayer:
             *memory.places(layer),
             numpy_items(rotated_NHD),
         )
-        outputs_NHD = memory.attend_written(layer, rotated_NHD, **self._rule)  # type: ignore[arg-type]
+        outputs_NHD = memory.attend_written(layer, rotated_NHD, self._rule)
         return outputs_NHD.view(1, num_tokens, -1).to(states_1NW.dtype)

@@ -10,6 +10,7 @@ import torch
 
 from slipstream_server.inference.engine.gpu_tables import StepTables
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
+from slipstream_server.inference.engine.paged_attention import AttentionRule
 
 # It gathers as much as the longest context of a step has.
 IS_RECORDABLE = False
@@ -35,9 +36,7 @@ def attend(
     tables: StepTables,
     keys_BKLD: torch.Tensor,
     values_BKLD: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: AttentionRule,
 ) -> torch.Tensor:
     """Each token attends to its own sequence up to itself, ``[N, H, D]``; see KVMemory.attend."""
     parts = []
@@ -46,14 +45,12 @@ def attend(
         table_RB = tables.tables_SB[rows_R, : -(-tables.most_tokens // BLOCK_TOKENS)]
         ends_R = tables.positions_N[:num_decoding, None] + 1
         queries_RHND = queries_HND[:, :num_decoding].transpose(0, 1)[:, :, None]
-        found = _attention(queries_RHND, table_RB, ends_R, keys_BKLD, values_BKLD, scale, window, softcap)
+        found = _attention(queries_RHND, table_RB, ends_R, keys_BKLD, values_BKLD, rule)
         parts.append(found[:, :, 0])
     for row, start, end, num_keys in tables.prompt_spans:
         table_1B = tables.tables_SB[row : row + 1, : -(-num_keys // BLOCK_TOKENS)]
         ends_1N = tables.positions_N[None, start:end] + 1
-        found = _attention(
-            queries_HND[None, :, start:end], table_1B, ends_1N, keys_BKLD, values_BKLD, scale, window, softcap
-        )
+        found = _attention(queries_HND[None, :, start:end], table_1B, ends_1N, keys_BKLD, values_BKLD, rule)
         parts.append(found[0].transpose(0, 1))
     return torch.cat(parts)
 
@@ -74,9 +71,7 @@ def _attention(
     ends_RN: torch.Tensor,
     keys_BKLD: torch.Tensor,
     values_BKLD: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: AttentionRule,
 ) -> torch.Tensor:
     """Outputs ``[R, H, N, D]`` of rows with equally many queries, which see the keys before ``ends_RN``."""
     keys_RKCD, values_RKCD = _gathered(keys_BKLD, table_RB), _gathered(values_BKLD, table_RB)
@@ -85,15 +80,16 @@ def _attention(
     # Behind a sequence's end may be anything, NaN included.
     is_key_R1C1 = allowed_RNC.any(dim=1)[:, None, :, None]
     keys_RKCD, values_RKCD = (states.where(is_key_R1C1, 0) for states in (keys_RKCD, values_RKCD))
-    if window:
-        allowed_RNC = allowed_RNC & (place_C >= ends_RN[..., None] - window)
-    if not softcap:
+    if rule.window:
+        allowed_RNC = allowed_RNC & (place_C >= ends_RN[..., None] - rule.window)
+    if not rule.softcap:
         return torch.nn.functional.scaled_dot_product_attention(
-            queries_RHND, keys_RKCD, values_RKCD, allowed_RNC[:, None], scale=scale, enable_gqa=True
+            queries_RHND, keys_RKCD, values_RKCD, allowed_RNC[:, None], scale=rule.scale, enable_gqa=True
         )
     group = queries_RHND.shape[1] // keys_RKCD.shape[1]
     keys_RHCD, values_RHCD = (states.repeat_interleave(group, dim=1) for states in (keys_RKCD, values_RKCD))
-    scores_RHNC = softcap * torch.tanh(queries_RHND @ keys_RHCD.transpose(2, 3) * (scale / softcap))
+    scores_RHNC = queries_RHND @ keys_RHCD.transpose(2, 3) * (rule.scale / rule.softcap)
+    scores_RHNC = rule.softcap * torch.tanh(scores_RHNC)
     scores_RHNC = scores_RHNC.masked_fill(~allowed_RNC[:, None], -torch.inf)
     sums = torch.promote_types(queries_RHND.dtype, torch.float32)
     return scores_RHNC.to(sums).softmax(dim=-1).to(values_RHCD.dtype) @ values_RHCD

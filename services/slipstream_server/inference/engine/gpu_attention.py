@@ -25,6 +25,7 @@ import triton.language as tl
 
 from slipstream_server.inference.engine.gpu_tables import StepTables, Tiles
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
+from slipstream_server.inference.engine.paged_attention import AttentionRule
 
 # Launches do not depend on the step's lengths: they can be recorded once and replayed.
 IS_RECORDABLE = True
@@ -191,9 +192,7 @@ def attend(
     tables: StepTables,
     keys_BKLD: torch.Tensor,
     values_BKLD: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: AttentionRule,
 ) -> torch.Tensor:
     """Each token attends to its own sequence up to itself, ``[N, H, D]``; see KVMemory.attend."""
     queries_HND = _with_whole_heads(queries_HND)
@@ -201,7 +200,7 @@ def attend(
     outputs_NHD = queries_HND.new_empty((num_tokens, num_query_heads, values_BKLD.shape[3]))
     for tiles in (tables.decoding, tables.prompts):
         if tiles is not None:
-            _attend(queries_HND, tables, tiles, keys_BKLD, values_BKLD, scale, window, softcap, outputs_NHD)
+            _attend(queries_HND, tables, tiles, keys_BKLD, values_BKLD, rule, outputs_NHD)
     return outputs_NHD
 
 
@@ -227,9 +226,7 @@ def _attend(
     tiles: Tiles,
     keys_BKLD: torch.Tensor,
     values_BKLD: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
+    rule: AttentionRule,
     outputs_NHD: torch.Tensor,
 ) -> None:
     num_heads, key_size, value_size = keys_BKLD.shape[1], keys_BKLD.shape[3], values_BKLD.shape[3]
@@ -250,9 +247,9 @@ def _attend(
         queries_HND, tables.rows_N, tables.positions_N, tables.tables_SB, tiles.firsts_T, tiles.counts_T,
         keys_BKLD, values_BKLD, parts_PNHD, largest_PNH, totals_PNH,
         queries_HND.stride(1), queries_HND.stride(0), *tables.tables_SB.stride(),
-        num_tiles * num_query_heads, scale, softcap, window,
+        num_tiles * num_query_heads, rule.scale, rule.softcap, rule.window,
         num_heads, group, group_width, tile, keys_at_once, key_size, value_size,
-        _columns(key_size), _columns(value_size), BLOCK_TOKENS, parts, softcap > 0,
+        _columns(key_size), _columns(value_size), BLOCK_TOKENS, parts, rule.softcap > 0,
         tl.float64 if sums == torch.float64 else tl.float32, num_stages=_STAGES,
     )  # fmt: skip
     if parts > 1:

@@ -21,7 +21,7 @@ import torch
 from slipstream_server.inference.engine import gathered_attention
 from slipstream_server.inference.engine.gpu_tables import StepTables, num_decoding_rows, tables_on
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
-from slipstream_server.inference.engine.paged_attention import LayerShape, Layout
+from slipstream_server.inference.engine.paged_attention import AttentionRule, LayerShape, Layout
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +84,13 @@ class GpuMemory:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: AttentionRule,
     ) -> torch.Tensor:
         blocks = (self._keys[layer], self._values[layer])
         tables = self._tables_on(blocks[0].device, queries.shape[1] // keys.shape[1])
         with _current(blocks[0].device):
             self._kernels.write(keys[0], values[0], tables, *blocks)
-            outputs_NHD: torch.Tensor = self._kernels.attend(queries[0], tables, *blocks, scale, window, softcap)
+            outputs_NHD: torch.Tensor = self._kernels.attend(queries[0], tables, *blocks, rule)
         return outputs_NHD[None]
 
     def _tables_on(self, device: torch.device, group: int) -> StepTables:
@@ -128,7 +125,7 @@ def problem_with(kernels: ModuleType, device: torch.device) -> str | None:
         memory = GpuMemory([shape], 1, torch.float32, [device], kernels)
         memory.lay_out(layout)
         ones = torch.ones((1, 1, 2, 16), device=device)
-        found = memory.attend(0, ones, ones, ones, scale=1.0, window=0, softcap=0.0)
+        found = memory.attend(0, ones, ones, ones, AttentionRule(scale=1.0))
         # Whatever the weights are, the mean of ones is one.
         return None if bool((found - 1).abs().max() < 1e-3) else "they answer wrongly"
     except Exception as error:

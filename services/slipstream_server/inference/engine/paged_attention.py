@@ -13,8 +13,9 @@ in a block, T tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,6 +55,17 @@ class LayerShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRule:
+    """How a layer attends: what products are multiplied by, how many of the last tokens are seen (0: all), and what
+    bends the scores (0: nothing does).
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Where the step's tokens belong: token n is at ``positions_N[n]`` of sequence ``rows_N[n]``, whose blocks are
     ``tables_SB``. Tokens of one sequence are successive; ``starts`` says where each sequence begins, and the end.
@@ -77,13 +89,10 @@ class KVMemory(Protocol):
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: AttentionRule,
     ) -> torch.Tensor:
         """Store keys and values ``[1, K, N, D]`` and attend with queries ``[1, H, N, D]``; the result is
-        ``[1, N, H, D]``. ``window`` and ``softcap`` 0: none.
+        ``[1, N, H, D]``.
         """
 
 
@@ -141,16 +150,12 @@ class CpuMemory:
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        *,
-        scale: float,
-        window: int,
-        softcap: float,
+        rule: AttentionRule,
     ) -> torch.Tensor:
         keys_NKD, values_NKD = (numpy_items(_by_token(states, self._dtype)) for states in (keys, values))
         self._kernels.write(keys_NKD, values_NKD, *self.places(layer))
         queries_NHD = _by_token(queries, self._sums_dtype)
-        outputs_NHD = self.attend_written(layer, queries_NHD, scale=scale, window=window, softcap=softcap)
-        return outputs_NHD.to(queries.dtype)[None]
+        return self.attend_written(layer, queries_NHD, rule).to(queries.dtype)[None]
 
     def places(self, layer: int) -> tuple[npt.NDArray[Any], ...]:
         """What kernels need to find the step's tokens in a layer: rows, positions, tables, keys, values."""
@@ -158,30 +163,26 @@ class CpuMemory:
         assert layout is not None
         return layout.rows_N, layout.positions_N, layout.tables_SB, self._keys[layer], self._values[layer]
 
-    def attend_written(
-        self, layer: int, queries_NHD: torch.Tensor, *, scale: float, window: int, softcap: float
-    ) -> torch.Tensor:
+    def attend_written(self, layer: int, queries_NHD: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
         """Outputs ``[N, H, D]``, where the step's keys and values are in their blocks already; all in float32."""
         outputs_NHD = torch.empty_like(queries_NHD)
-        tokens, spans = (self._all_tokens, []) if softcap else (self._untiled_tokens, self._spans)
+        tokens, spans = (self._all_tokens, []) if rule.softcap else (self._untiled_tokens, self._spans)
         if len(tokens):
             self._kernels.attend(
                 queries_NHD.numpy(),
                 tokens,
                 *self.places(layer),
-                self._scalar(scale),
-                window,
-                self._scalar(softcap),
+                self._scalar(rule.scale),
+                rule.window,
+                self._scalar(rule.softcap),
                 torch.get_num_threads(),
                 outputs_NHD.numpy(),
             )
         for span in spans:
-            outputs_NHD[span.tokens] = self._attend_tiled(layer, span, queries_NHD[span.tokens], scale, window)
+            outputs_NHD[span.tokens] = self._attend_tiled(layer, span, queries_NHD[span.tokens], rule)
         return outputs_NHD
 
-    def _attend_tiled(
-        self, layer: int, span: _Span, queries_THD: torch.Tensor, scale: float, window: int
-    ) -> torch.Tensor:
+    def _attend_tiled(self, layer: int, span: _Span, queries_THD: torch.Tensor, rule: AttentionRule) -> torch.Tensor:
         """Outputs ``[T, H, D]`` of a prompt's tokens."""
         blocks = torch.from_numpy(span.blocks)
         keys_BKDL, values_BKLD = (
@@ -191,35 +192,33 @@ class CpuMemory:
         # What lies behind the sequence's end may be anything, and is cut off.
         keys_KTD = keys_BKDL.permute(1, 0, 3, 2).flatten(1, 2)[:, : span.end]
         values_KTD = values_BKLD.transpose(0, 1).flatten(1, 2)[:, : span.end]
-        mask_TT = span.mask(window, self._dtype)
-        queries_THD = queries_THD.to(self._dtype)
+        mask_TT = span.mask(rule.window, self._dtype)
+        queries_1HTD = queries_THD.to(self._dtype).transpose(0, 1)[None]
         outputs_1HTD = torch.nn.functional.scaled_dot_product_attention(
-            queries_THD.transpose(0, 1)[None], keys_KTD[None], values_KTD[None], mask_TT, scale=scale, enable_gqa=True
+            queries_1HTD, keys_KTD[None], values_KTD[None], mask_TT, scale=rule.scale, enable_gqa=True
         )
         return outputs_1HTD[0].transpose(0, 1)
 
 
 class ShapeProbe:
-    """Stands in for a memory during one forward, to learn what each layer keeps, and where; ``rules``: what it wants of
-    ``attend``.
-    """
+    """Stands in for a memory during one forward, to learn what each layer keeps, where, and its rule."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, LayerShape] = {}
-        self.rules: dict[int, Mapping[str, float]] = {}
+        self.rules: dict[int, AttentionRule] = {}
         self.devices: dict[int, torch.device] = {}
 
     def lay_out(self, layout: Layout) -> None:
         return
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **options: float
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: AttentionRule
     ) -> torch.Tensor:
         shape = LayerShape(num_heads=keys.shape[1], key_size=keys.shape[3], value_size=values.shape[3])
         if layer in self.shapes:
             raise UnsupportedAttention(f"layer {layer} attends twice")
         self.shapes[layer] = shape
-        self.rules[layer] = options
+        self.rules[layer] = rule
         self.devices[layer] = keys.device
         group = queries.shape[1] // keys.shape[1]
         return values.repeat_interleave(group, dim=1).transpose(1, 2)
@@ -280,10 +279,14 @@ def _attend_from_blocks(
         raise UnsupportedAttention("attention that is not causal")
     place: Seat = getattr(module, SEAT)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    result = place.memory.attend(
-        place.layer, query, key, value, scale=scale, window=sliding_window or 0, softcap=softcap or 0.0
-    )
-    return result, None
+    rule = _rule(scale, sliding_window or 0, softcap or 0.0)
+    return place.memory.attend(place.layer, query, key, value, rule), None
+
+
+@cache
+def _rule(scale: float, window: int, softcap: float) -> AttentionRule:
+    """Made once for all layers that attend alike."""
+    return AttentionRule(scale=scale, window=window, softcap=softcap)
 
 
 AttentionInterface.register(ATTENTION, _attend_from_blocks)
