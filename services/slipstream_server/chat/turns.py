@@ -19,7 +19,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -175,8 +175,10 @@ class Turns:
                             adapter_version=event.adapter_version,
                         )
                     case AnswerDelta():
-                        await recorder.add(event.text)
-                        yield event
+                        # A model may write NUL, which no database keeps and no question may hold.
+                        kept = replace(event, text=event.text.replace("\0", "\ufffd"))
+                        await recorder.add(kept.text)
+                        yield kept
                     case AnswerFinished():
                         await recorder.finish(event)
         reply = await self._conversations.message(owner, place.conversation, place.reply_sequence)

@@ -111,6 +111,13 @@ async def test_a_turn_is_stored_when_its_end_is_heard(chat: Chat) -> None:
     assert (await chat.conversations.get(ADA, "talk")).num_messages == 2
 
 
+async def test_a_nul_that_the_model_writes_does_not_spoil_the_conversation(chat: Chat) -> None:
+    events = await chat.say(Model("one\0", "two"))
+    assert [event.text for event in events if isinstance(event, AnswerDelta)] == ["one\ufffd", "two"]
+    await chat.say(later := Model("three"))
+    assert later.histories == [[("user", "Hello?"), ("assistant", "one\ufffdtwo"), ("user", "Hello?")]]
+
+
 async def test_the_model_sees_the_whole_conversation(chat: Chat) -> None:
     await chat.say(Model("one"))
     model = Model("two")
