@@ -13,11 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -32,21 +30,17 @@ from slipstream_server.errors import (
     QuotaExceeded,
     SlipstreamError,
 )
-from slipstream_server.storage.artifact_drafts import Artifact, ArtifactDraft, blob_key, manifest_key
+from slipstream_server.storage.artifact_drafts import ArtifactDraft, blob_key, manifest_key
 from slipstream_server.storage.artifact_manifest import (
     MAX_MANIFEST_BYTES,
-    MAX_PATH_CHARS,
     ArtifactLimits,
     FileEntry,
     Manifest,
     check_kind,
-    check_path,
     check_sha256,
 )
-from slipstream_server.storage.artifact_places import COPY_BYTES, LocalPlace, ObjectPlace, Place
+from slipstream_server.storage.artifact_places import LocalPlace, ObjectPlace, Place
 from slipstream_server.storage.blocking import BlockingThreads
-
-FileSource = bytes | Path | AsyncIterator[bytes]
 
 
 class ArtifactStore:
@@ -63,19 +57,6 @@ class ArtifactStore:
     def draft(self, kind: str, limits: ArtifactLimits | None = None) -> ArtifactDraft:
         """A new artifact of ``kind``, to be written file by file; see ``artifact_drafts``."""
         return ArtifactDraft(check_kind(kind), limits or self.limits, self.place, self.threads)
-
-    async def put(self, kind: str, files: Mapping[str, FileSource], limits: ArtifactLimits | None = None) -> Artifact:
-        """Store ``files``: bytes, a local file's content, or chunks as they come. Raises as the draft does."""
-        async with self.draft(kind, limits) as draft:
-            for path, source in files.items():
-                async with draft.file(path) as file, aclosing(self._chunks(source)) as chunks:
-                    async for chunk in chunks:
-                        await file.write(chunk)
-            return await draft.commit()
-
-    async def put_folder(self, kind: str, folder: Path, limits: ArtifactLimits | None = None) -> Artifact:
-        """Store every file below ``folder``. Raises InvalidField for a link, a special file or a bad name."""
-        return await self.put(kind, await self.threads.run(_regular_files, folder), limits)
 
     async def manifest(self, digest: str) -> Manifest:
         """Raises NotFound where there is no such artifact, CorruptArtifact where its manifest is damaged."""
@@ -140,24 +121,6 @@ class ArtifactStore:
             if len(data) > MAX_MANIFEST_BYTES:
                 raise CorruptArtifact(f"the manifest of artifact {digest} is over {MAX_MANIFEST_BYTES} bytes")
         return data
-
-    async def _chunks(self, source: FileSource) -> AsyncGenerator[bytes, None]:
-        if isinstance(source, bytes):
-            yield source
-        elif isinstance(source, Path):
-            async with aclosing(self._file_chunks(source)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        else:
-            async for chunk in source:
-                yield chunk
-
-    async def _file_chunks(self, source: Path) -> AsyncGenerator[bytes, None]:
-        # O_NOFOLLOW: what was a file when it was listed must not have become a link to somewhere else.
-        descriptor = await self.threads.run(os.open, source, os.O_RDONLY | os.O_NOFOLLOW)
-        with FileIO(descriptor) as file:
-            while chunk := await self.threads.run(file.read, COPY_BYTES):
-                yield chunk
 
     async def _verified_chunks(self, entry: FileEntry, what: str) -> AsyncGenerator[bytes, None]:
         steps = self._checked(entry, what)
@@ -285,18 +248,3 @@ def _put_in_place(incoming: Path, made: Path, manifest: Manifest) -> None:
         with tempfile.TemporaryDirectory(prefix=".incoming-", dir=made.parent) as damaged:
             made.rename(Path(damaged, "damaged"))
             incoming.rename(made)
-
-
-def _regular_files(folder: Path) -> dict[str, FileSource]:
-    files: dict[str, FileSource] = {}
-    for file in sorted(folder.rglob("*")):
-        mode = file.lstat().st_mode
-        if stat.S_ISDIR(mode):
-            continue
-        path = file.relative_to(folder).as_posix()
-        if not stat.S_ISREG(mode):
-            raise InvalidField.of(
-                "path", f"{path[:MAX_PATH_CHARS]!a} is a link or a special file; only regular files are stored"
-            )
-        files[check_path(path)] = file
-    return files

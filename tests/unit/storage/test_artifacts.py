@@ -3,82 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 from collections.abc import AsyncIterator
-from contextlib import aclosing
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slipstream_server.errors import (
-    CorruptArtifact,
-    DependencyUnavailable,
-    InvalidField,
-    NotFound,
-    QuotaExceeded,
-    StorageFull,
-    WrongState,
-)
+from slipstream_server.errors import CorruptArtifact, InvalidField, NotFound, QuotaExceeded, WrongState
 from slipstream_server.storage.artifact_manifest import ArtifactLimits, check_path
 from slipstream_server.storage.artifacts import ArtifactStore, open_store
-from slipstream_server.storage.garbage import collect
-from unit.storage.conftest import S3Server
-
-NO_GRACE = timedelta(0)
-BIG = random.Random(7).randbytes(3 * 1024 * 1024 + 17)
-FILES = {"adapter_config.json": b'{"r": 8}', "weights/adapter_model.safetensors": BIG, "empty": b""}
-
-WRITE_FOREVER = """
-import asyncio, sys
-from slipstream_server.storage.artifacts import open_store
-
-async def main():
-    store, number = open_store(sys.argv[1]), 0
-    while True:
-        number += 1
-        files = {"number": str(number).encode(), "bulk": str(number).encode() * 300_000}
-        print((await store.put("adapter", files)).digest, flush=True)
-
-asyncio.run(main())
-"""
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def expected_digest(files: dict[str, bytes]) -> str:
-    entries = ",".join(
-        f'"{path}":{{"sha256":"{sha256(data)}","size_bytes":{len(data)}}}' for path, data in sorted(files.items())
-    )
-    return sha256(f"{{{entries}}}".encode())
-
-
-async def content(store: ArtifactStore, digest: str, path: str) -> bytes:
-    async with aclosing(store.read(digest, path)) as chunks:
-        return b"".join([chunk async for chunk in chunks])
-
-
-async def stored_keys(store: ArtifactStore) -> list[str]:
-    return await store.threads.run(lambda: [stored.key for stored in store.place.listed("")])
-
-
-async def nothing_left(store: ArtifactStore) -> bool:
-    blobs = [key for key in await stored_keys(store) if key.startswith(("blobs/", "manifests/"))]
-    return blobs == [] and list(store.place.staging.iterdir()) == []
+from unit.storage.artifact_kit import BIG, FILES, content, expected_digest, nothing_left, put, sha256, stored_keys
 
 
 async def test_an_artifact_is_stored_and_read_back(store: ArtifactStore) -> None:
-    artifact = await store.put("adapter", FILES)
+    artifact = await put(store, "adapter", FILES)
     assert artifact.digest == expected_digest(FILES)
     assert await store.digests() == (artifact.digest,)
     for path, data in FILES.items():
@@ -91,7 +32,7 @@ async def test_an_artifact_is_stored_and_read_back(store: ArtifactStore) -> None
 
 
 async def test_bytes_lie_under_their_hash(store: ArtifactStore) -> None:
-    digest = (await store.put("adapter", {"a": b"same", "b": b"same", "c": b"other"})).digest
+    digest = (await put(store, "adapter", {"a": b"same", "b": b"same", "c": b"other"})).digest
     same, other = sha256(b"same"), sha256(b"other")
     keys = [key for key in await stored_keys(store) if key != "lock"]
     assert sorted(keys) == sorted(
@@ -106,14 +47,14 @@ async def test_bytes_lie_under_their_hash(store: ArtifactStore) -> None:
 
 
 async def test_the_same_files_are_the_same_artifact(store: ArtifactStore) -> None:
-    first = await store.put("adapter", FILES)
-    second = await store.put("checkpoint", dict(reversed(FILES.items())))
+    first = await put(store, "adapter", FILES)
+    second = await put(store, "checkpoint", dict(reversed(FILES.items())))
     assert first.digest == second.digest
     assert len(await store.digests()) == 1
 
 
 async def test_many_at_once(store: ArtifactStore) -> None:
-    puts = (store.put("dataset", {"common": BIG, "own": str(n % 5).encode()}) for n in range(15))
+    puts = (put(store, "dataset", {"common": BIG, "own": str(n % 5).encode()}) for n in range(15))
     artifacts = await asyncio.gather(*puts)
     assert len({artifact.digest for artifact in artifacts}) == 5
     for digest in await store.digests():
@@ -158,7 +99,7 @@ async def test_an_upload_abandoned_halfway_leaves_nothing(store: ArtifactStore) 
         raise ConnectionResetError
 
     with pytest.raises(ConnectionResetError):
-        await store.put("dataset", {"first": b"whole", "second": chunks()})
+        await put(store, "dataset", {"first": b"whole", "second": chunks()})
     async with store.draft("dataset") as draft:
         async with draft.file("a") as file:
             await file.write(BIG)
@@ -167,7 +108,7 @@ async def test_an_upload_abandoned_halfway_leaves_nothing(store: ArtifactStore) 
 
 async def test_an_upload_cancelled_at_any_moment_is_whole_or_absent(store: ArtifactStore) -> None:
     for delay_ms in (0, 1, 3, 10, 30, 60):
-        task = asyncio.create_task(store.put("dataset", {"a": BIG, "b": str(delay_ms).encode()}))
+        task = asyncio.create_task(put(store, "dataset", {"a": BIG, "b": str(delay_ms).encode()}))
         await asyncio.wait({task}, timeout=delay_ms / 1000)
         task.cancel()
         await asyncio.wait({task})
@@ -189,7 +130,7 @@ async def test_too_much_is_refused_and_leaves_nothing(
     store: ArtifactStore, limits: ArtifactLimits, files: dict[str, bytes]
 ) -> None:
     with pytest.raises(QuotaExceeded, match="at most"):
-        await store.put("dataset", files, limits)
+        await put(store, "dataset", files, limits)
     assert await nothing_left(store)
 
 
@@ -244,7 +185,7 @@ BAD_PATHS = [
 @pytest.mark.parametrize("path", BAD_PATHS, ids=lambda path: ascii(path[:20]))
 async def test_a_path_that_is_not_allowed_is_refused(local_store: ArtifactStore, path: str) -> None:
     with pytest.raises(InvalidField) as caught:
-        await local_store.put("dataset", {path: b"data"})
+        await put(local_store, "dataset", {path: b"data"})
     assert caught.value.violations[0].field == "path"
     assert caught.value.message.isascii()
     assert await nothing_left(local_store)
@@ -290,16 +231,8 @@ async def test_a_draft_is_written_in_order_and_committed_once(local_store: Artif
     await local_store.verify(artifact.digest)
 
 
-async def test_a_bucket_that_is_gone_is_unavailable(s3_server: S3Server, tmp_path: Path) -> None:
-    store = s3_server.store(tmp_path / "staging", bucket_exists=False)
-    with pytest.raises(DependencyUnavailable):
-        await store.put("dataset", {"a": b"x"})
-    assert list(store.place.staging.iterdir()) == []
-    store.close()
-
-
 async def test_what_is_not_there_is_not_found(store: ArtifactStore) -> None:
-    digest = (await store.put("dataset", {"a": b"x"})).digest
+    digest = (await put(store, "dataset", {"a": b"x"})).digest
     for ask in (store.manifest, store.verify, store.touch):
         with pytest.raises(NotFound):
             await ask("0" * 64)
@@ -311,14 +244,14 @@ async def test_what_is_not_there_is_not_found(store: ArtifactStore) -> None:
 
 
 async def test_a_small_file_is_read_at_once_and_a_big_one_refused(store: ArtifactStore) -> None:
-    digest = (await store.put("adapter", FILES)).digest
+    digest = (await put(store, "adapter", FILES)).digest
     assert await store.read_bytes(digest, "adapter_config.json", 1000) == FILES["adapter_config.json"]
     with pytest.raises(QuotaExceeded, match="at most 1000"):
         await store.read_bytes(digest, "weights/adapter_model.safetensors", 1000)
 
 
 async def test_materialized_files_are_those_of_the_artifact(store: ArtifactStore, tmp_path: Path) -> None:
-    digest = (await store.put("adapter", FILES)).digest
+    digest = (await put(store, "adapter", FILES)).digest
     cache = tmp_path / "cache"
     folders = await asyncio.gather(*(store.materialize(digest, cache) for _ in range(4)))
     assert set(folders) == {cache / digest}
@@ -326,123 +259,6 @@ async def test_materialized_files_are_those_of_the_artifact(store: ArtifactStore
     assert {path: file.read_bytes() for path, file in found.items()} == FILES
     assert {file.stat().st_mode & 0o222 for file in found.values()} == {0}
     assert [entry.name for entry in cache.iterdir()] == [digest]
-
-
-async def test_a_damaged_cache_is_made_anew(store: ArtifactStore, tmp_path: Path) -> None:
-    digest = (await store.put("adapter", FILES)).digest
-    folder = await store.materialize(digest, tmp_path / "cache")
-    (folder / "adapter_config.json").unlink()
-    (folder / "adapter_config.json").write_bytes(b"{}")
-    again = await store.materialize(digest, tmp_path / "cache")
-    assert (again / "adapter_config.json").read_bytes() == FILES["adapter_config.json"]
-    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [digest]
-
-
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
-async def test_damage_in_the_store_is_found_and_mended_by_storing_again(
-    local_store: ArtifactStore, tmp_path: Path, damage: str
-) -> None:
-    digest = (await local_store.put("adapter", FILES)).digest
-    [blob] = (tmp_path / "store" / "blobs").rglob(sha256(BIG))
-    damaged = {"flipped": BIG[:-1] + bytes([BIG[-1] ^ 1]), "truncated": BIG[:-1], "missing": None}[damage]
-    blob.unlink()
-    if damaged is not None:
-        blob.write_bytes(damaged)
-    received = bytearray()
-    with pytest.raises(CorruptArtifact):
-        async with aclosing(local_store.read(digest, "weights/adapter_model.safetensors")) as chunks:
-            async for chunk in chunks:
-                received += chunk
-    assert len(received) < len(BIG) - 1  # never the whole file
-    with pytest.raises(CorruptArtifact):
-        await local_store.verify(digest)
-    with pytest.raises(CorruptArtifact):
-        await local_store.materialize(digest, tmp_path / "cache")
-    assert list((tmp_path / "cache").iterdir()) == []
-    await local_store.put("adapter", FILES)
-    await local_store.verify(digest)
-
-
-@pytest.mark.parametrize(
-    "manifest",
-    [b"", b"{", b"[]", b"null", b'{"files":{"../x":{"sha256":"0","size_bytes":1}}}', b"\xff", b"[" * 100_000],
-    ids=lambda data: ascii(data[:12]),
-)
-async def test_a_damaged_manifest_is_found(local_store: ArtifactStore, tmp_path: Path, manifest: bytes) -> None:
-    digest = (await local_store.put("adapter", FILES)).digest
-    [file] = (tmp_path / "store" / "manifests").rglob(digest)
-    file.unlink()
-    file.write_bytes(manifest)
-    with pytest.raises(CorruptArtifact, match=digest):
-        await local_store.manifest(digest)
-
-
-async def test_a_folder_is_stored_without_following_links(local_store: ArtifactStore, tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "a.json").write_bytes(b"{}")
-    (folder / "sub" / "b.bin").write_bytes(BIG)
-    artifact = await local_store.put_folder("checkpoint", folder)
-    assert artifact.digest == expected_digest({"a.json": b"{}", "sub/b.bin": BIG})
-    (folder / "link").symlink_to("/etc/passwd")
-    with pytest.raises(InvalidField, match="link or a special file"):
-        await local_store.put_folder("checkpoint", folder)
-    (folder / "link").unlink()
-    os.mkfifo(folder / "pipe")
-    with pytest.raises(InvalidField, match="link or a special file"):
-        await local_store.put_folder("checkpoint", folder)
-
-
-def test_kill_9_of_a_writer_leaves_every_artifact_whole(tmp_path: Path) -> None:
-    root, tests = tmp_path / "store", Path(__file__).parents[2]
-    acknowledged: set[str] = set()
-    for num_puts in (1, 2, 5):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITE_FOREVER, str(root)], stdout=subprocess.PIPE, text=True, cwd=tests
-        )
-        assert writer.stdout is not None
-        acknowledged |= {writer.stdout.readline().strip() for _ in range(num_puts)}
-        writer.send_signal(signal.SIGKILL)
-        acknowledged |= {line.strip() for line in writer.stdout if line.endswith("\n")}
-        writer.wait()
-
-    async def check() -> None:
-        store = open_store(str(root))
-        digests = set(await store.digests())
-        assert acknowledged <= digests
-        for digest in digests:
-            await store.verify(digest)
-
-        async def references() -> set[str]:
-            return acknowledged
-
-        await collect(store, references, NO_GRACE)
-        assert set(await store.digests()) == acknowledged
-        assert list(store.place.staging.iterdir()) == []
-        for digest in acknowledged:
-            await store.verify(digest)
-        store.close()
-
-    asyncio.run(check())
-
-
-async def test_a_full_disk_is_named_and_what_is_stored_stays(small_disk: Path) -> None:
-    store = open_store(str(small_disk / "store"))
-    kept = await store.put("dataset", {"a": b"x" * 100_000})
-    with pytest.raises(StorageFull):
-        await store.put("dataset", {"small": b"y", "big": BIG})
-    assert list(store.place.staging.iterdir()) == []
-    assert await store.digests() == (kept.digest,)
-    assert await content(store, kept.digest, "a") == b"x" * 100_000
-    await store.put("dataset", {"b": b"z" * 100_000})
-    store.close()
-
-
-async def test_a_full_cache_is_named_and_left_clean(local_store: ArtifactStore, small_disk: Path) -> None:
-    digest = (await local_store.put("adapter", FILES)).digest
-    with pytest.raises(StorageFull):
-        await local_store.materialize(digest, small_disk / "cache")
-    assert list((small_disk / "cache").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from slipstream_server.errors import CorruptArtifact, DependencyUnavailable, Inv
 from slipstream_server.storage.artifact_places import Stored
 from slipstream_server.storage.artifacts import ArtifactStore, open_store
 from slipstream_server.storage.garbage import Collected, References, Retention, collect
+from unit.storage.artifact_kit import put
 
 NO_GRACE = timedelta(0)
 HOUR = timedelta(hours=1)
@@ -40,8 +41,8 @@ def age(root: Path, by: timedelta = 2 * HOUR) -> None:
 
 
 async def test_what_nothing_refers_to_goes_and_shared_blobs_stay(store: ArtifactStore) -> None:
-    kept = (await store.put("adapter", {"common": b"common", "own": b"kept"})).digest
-    gone = (await store.put("adapter", {"common": b"common", "own": b"gone"})).digest
+    kept = (await put(store, "adapter", {"common": b"common", "own": b"kept"})).digest
+    gone = (await put(store, "adapter", {"common": b"common", "own": b"gone"})).digest
     await _let_a_second_pass(store)
     collected = await collect(store, references(kept), NO_GRACE)
     assert collected == Collected(artifacts=1, blobs=1, leftovers=0)
@@ -52,17 +53,17 @@ async def test_what_nothing_refers_to_goes_and_shared_blobs_stay(store: Artifact
 
 
 async def test_nothing_younger_than_the_grace_goes(store: ArtifactStore) -> None:
-    digest = (await store.put("adapter", {"a": b"young"})).digest
+    digest = (await put(store, "adapter", {"a": b"young"})).digest
     assert await collect(store, references(), HOUR) == Collected(artifacts=0, blobs=0, leftovers=0)
     await store.verify(digest)
 
 
 async def test_storing_again_and_touching_renew_the_grace(local_store: ArtifactStore, tmp_path: Path) -> None:
-    again = await local_store.put("adapter", {"a": b"again"})
-    touched = await local_store.put("adapter", {"a": b"touched"})
-    await local_store.put("adapter", {"a": b"gone"})
+    again = await put(local_store, "adapter", {"a": b"again"})
+    touched = await put(local_store, "adapter", {"a": b"touched"})
+    await put(local_store, "adapter", {"a": b"gone"})
     age(tmp_path / "store")
-    await local_store.put("adapter", {"a": b"again"})
+    await put(local_store, "adapter", {"a": b"again"})
     await local_store.touch(touched.digest)
     assert await collect(local_store, references(), HOUR) == Collected(artifacts=1, blobs=1, leftovers=0)
     assert set(await local_store.digests()) == {again.digest, touched.digest}
@@ -71,7 +72,7 @@ async def test_storing_again_and_touching_renew_the_grace(local_store: ArtifactS
 
 
 async def test_touching_makes_an_artifact_young_again(store: ArtifactStore) -> None:
-    digest = (await store.put("adapter", {"a": b"touched"})).digest
+    digest = (await put(store, "adapter", {"a": b"touched"})).digest
     [before] = await _listed(store, "manifests")
     await _let_a_second_pass(store)
     await store.touch(digest)
@@ -82,7 +83,7 @@ async def test_touching_makes_an_artifact_young_again(store: ArtifactStore) -> N
 
 
 async def test_a_row_written_while_collecting_saves_its_artifact(local_store: ArtifactStore, tmp_path: Path) -> None:
-    digest = (await local_store.put("adapter", {"a": b"saved"})).digest
+    digest = (await put(local_store, "adapter", {"a": b"saved"})).digest
     age(tmp_path / "store")
     answers = [set[str](), {digest}]
 
@@ -119,8 +120,8 @@ async def test_blobs_of_a_crashed_commit_go(local_store: ArtifactStore, tmp_path
 
 
 async def test_no_blob_goes_while_a_manifest_that_stays_is_damaged(local_store: ArtifactStore, tmp_path: Path) -> None:
-    kept = (await local_store.put("adapter", {"a": b"kept"})).digest
-    await local_store.put("adapter", {"a": b"gone"})
+    kept = (await put(local_store, "adapter", {"a": b"kept"})).digest
+    await put(local_store, "adapter", {"a": b"gone"})
     before = blobs(tmp_path / "store")
     [manifest] = (tmp_path / "store" / "manifests").rglob(kept)
     manifest.unlink()
@@ -134,11 +135,11 @@ async def test_no_blob_goes_while_a_manifest_that_stays_is_damaged(local_store: 
 async def test_storing_what_is_just_being_collected_keeps_it_whole(local_store: ArtifactStore, tmp_path: Path) -> None:
     outcomes = set()
     for _ in range(40):
-        old = (await local_store.put("adapter", {"common": b"common", "own": b"own"})).digest
+        old = (await put(local_store, "adapter", {"common": b"common", "own": b"own"})).digest
         age(tmp_path / "store")
         collected, again = await asyncio.gather(
             collect(local_store, references(), HOUR),
-            local_store.put("adapter", {"common": b"common", "own": b"own"}),
+            put(local_store, "adapter", {"common": b"common", "own": b"own"}),
         )
         assert again.digest == old
         await local_store.verify(old)
@@ -147,7 +148,7 @@ async def test_storing_what_is_just_being_collected_keeps_it_whole(local_store: 
 
 
 async def test_deleting_waits_for_a_publisher_and_then_looks_again(local_store: ArtifactStore, tmp_path: Path) -> None:
-    await local_store.put("adapter", {"a": b"x"})
+    await put(local_store, "adapter", {"a": b"x"})
     age(tmp_path / "store")
     [stored] = await _listed(local_store, "blobs")
     with open(tmp_path / "store" / "lock", "ab") as publisher:
@@ -168,7 +169,7 @@ async def test_an_object_store_that_is_away_is_unavailable(tmp_path: Path) -> No
     nobody = {"endpoint_url": "http://127.0.0.1:1", "region_name": "eu-west-1"}
     options = {"key": "k", "secret": "s", "client_kwargs": nobody, "config_kwargs": {"retries": {"max_attempts": 1}}}
     store = open_store("s3://bucket/below", staging=tmp_path / "staging", options=options)
-    for ask in (store.digests(), store.manifest("0" * 64), store.put("adapter", {"a": b"x"})):
+    for ask in (store.digests(), store.manifest("0" * 64), put(store, "adapter", {"a": b"x"})):
         with pytest.raises(DependencyUnavailable) as caught:
             await ask
         assert "127.0.0.1" not in str(caught.value)

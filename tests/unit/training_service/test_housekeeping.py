@@ -21,6 +21,7 @@ from slipstream_server.training.resources import FileOfDataset, as_json
 from slipstream_server.training.specification import JobSpec
 from slipstream_server.training.states import JobState
 from slipstream_server.training.tables import CheckpointRow, JobRow
+from unit.storage.artifact_kit import put
 
 NO_GRACE = timedelta(0)
 ROW = b'{"prompt": "p", "completion": "c"}\n'
@@ -90,7 +91,7 @@ async def test_files_go_with_their_dataset(
 ) -> None:
     datasets = Datasets(database, store, places.cache)
     files = (FileOfDataset(path="a.jsonl", size_bytes=len(ROW), sha256="", split="train"),)
-    artifact = await store.put("dataset", {"a.jsonl": ROW})
+    artifact = await put(store, "dataset", {"a.jsonl": ROW})
     dataset = await datasets.add("ann", "talk", artifact, files, DatasetDetails())
     await datasets.folder(dataset)
     age(places.cache)
