@@ -6,7 +6,6 @@ A model's class is known by the ending of its name ("BertForTokenClassification"
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slipstream_server.models.facts import Family, ModelFacts
@@ -306,12 +305,3 @@ def kind_of(facts: ModelFacts) -> str:
 def tells_entailment(facts: ModelFacts) -> bool:
     """Whether the labels are those of an entailment model, which zero-shot classification asks."""
     return any(label.lower().startswith("entail") for label in facts.labels)
-
-
-def model_types_of(task: str) -> tuple[str, ...]:
-    """Model types that the table names for a task; empty where any will do."""
-    return tuple(sorted(_union(head.model_types for head in HEADS if task in head.tasks)))
-
-
-def _union(sets: Iterable[frozenset[str]]) -> frozenset[str]:
-    return frozenset[str]().union(*sets)

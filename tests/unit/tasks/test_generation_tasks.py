@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 
 from slipstream_server.errors import InvalidField, PromptTooLong, SlipstreamError, UnsupportedField
 from slipstream_server.models.facts import facts_of_config
-from slipstream_server.models.task_classes import kind_of, model_types_of, tasks_of, writes_text
+from slipstream_server.models.task_classes import kind_of, tasks_of, writes_text
 from slipstream_server.models.tokenizer import TextTokenizer
 from slipstream_server.tasks.generation_models import LanguageStyle, WritingModel
 from slipstream_server.tasks.generation_prompts import PromptShape, WrittenPrompt, clean_up, shape_of, write_prompt
@@ -166,4 +166,3 @@ def test_classes_tell_tasks(architecture: str, model_type: str, tasks: str, kind
     assert tasks_of(facts) == tuple(tasks.split())
     assert kind_of(facts) == kind
     assert writes_text(facts) == (architecture in ("T5ForConditionalGeneration", "MarianMTModel", "GPT2LMHeadModel"))
-    assert "whisper" in model_types_of("automatic-speech-recognition")

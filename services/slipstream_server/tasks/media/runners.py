@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slipstream_server.errors import InvalidField, MissingDependency, ModelLoadFailed, UnsupportedField
+from slipstream_server.errors import InvalidField, MissingDependency, UnsupportedField
 from slipstream_server.models.missing import missing_package
 from slipstream_server.tasks.media_specs import MEDIA_SPECS
 from slipstream_server.tasks.runner import Runner
@@ -28,17 +28,6 @@ def _is_installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def media_auto_class(task_id: str, config: Any) -> Any:
-    """The first of the task's Auto classes that knows a model of this configuration; raises ModelLoadFailed."""
-    import transformers
-
-    for name in _SPECS[task_id].auto_classes:
-        auto_class = getattr(transformers, name, None)
-        if auto_class is not None and type(config) in auto_class._model_mapping:
-            return auto_class
-    raise ModelLoadFailed(f"a model of type {config.model_type!r} cannot do {task_id}")
 
 
 def media_runner(task_id: str, model: Any, processor_folder: Path, device: Any) -> Runner:
