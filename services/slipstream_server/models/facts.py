@@ -350,8 +350,14 @@ def _stored_dtype(tensors: Iterable[TensorEntry]) -> str:
 
 
 def _quantization_method(config: Mapping[str, Any]) -> str | None:
-    quantization = config.get("quantization_config")
-    return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else None
+    stored = config.get("quantization_config")
+    if stored is None:
+        return None
+    if not isinstance(stored, dict):
+        raise CorruptArtifact("config.json: quantization_config is no object")
+    # The first configurations of bitsandbytes named no method.
+    is_plain = stored.get("load_in_4bit") or stored.get("load_in_8bit")
+    return str(stored.get("quant_method") or ("bitsandbytes" if is_plain else "unknown"))
 
 
 def _first_token_id(key: str, *readers: _Reader) -> int | None:

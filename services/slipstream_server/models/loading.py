@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slipstream_server.errors import (
     IncompatibleAdapter,
@@ -33,7 +35,13 @@ from slipstream_server.models.facts import Family, ModelFacts, read_facts
 from slipstream_server.models.folder import check_adapter_folder, check_model_folder, refuse_code
 from slipstream_server.models.load_options import LoadOptions, Quantization
 from slipstream_server.models.missing import missing_package
-from slipstream_server.models.quantization import mend_quantized, quantization_config, require_package
+from slipstream_server.models.quantization import (
+    check_stored,
+    mend_quantized,
+    quantization_config,
+    require_package,
+)
+from slipstream_server.models.safetensors_header import read_header
 from slipstream_server.models.task_classes import HEADS, head_for
 
 logger = logging.getLogger(__name__)
@@ -76,11 +84,8 @@ def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
     OutOfMemory or ModelLoadFailed.
     """
     options = options or LoadOptions()
-    refuse_code(check_model_folder(folder))
-    facts = read_facts(folder)
+    facts = _checked_facts(folder, options)
     task = options.task or default_task(facts)
-    if facts.is_quantized and options.quantization is not Quantization.NONE:
-        raise UnsupportedField.of("quantization", f"the checkpoint is quantized already ({facts.quantization_method})")
     with _load_errors(task):
         auto_class = _auto_class(facts, task)
         model, report = _from_pretrained(folder, auto_class, options)
@@ -96,10 +101,9 @@ def load_model(folder: Path, options: LoadOptions | None = None) -> LoadedModel:
 def check_fit(folder: Path, options: LoadOptions) -> None:
     """Raise what ``load_model`` would, as far as the configuration and the headers of the weights tell it.
 
-    Reads no weights and takes no memory. What is stored quantized is not judged.
+    Reads no weights and takes no memory. Of what is stored quantized, only whether it can be read here is judged.
     """
-    refuse_code(check_model_folder(folder))
-    facts = read_facts(folder)
+    facts = _checked_facts(folder, options)
     task = options.task or default_task(facts)
     if facts.is_quantized or importlib.util.find_spec("accelerate") is None:
         return
@@ -110,6 +114,23 @@ def check_fit(folder: Path, options: LoadOptions) -> None:
         except NotImplementedError:  # its class computes with weights as it is built: only loading it tells
             return
         _require_complete(report, task, auto_class, options)
+
+
+def _checked_facts(folder: Path, options: LoadOptions) -> ModelFacts:
+    """What the folder holds, where this build can read it: no code, an architecture and a quantization it knows."""
+    contents = check_model_folder(folder)
+    refuse_code(contents)
+    facts = read_facts(folder)
+    if facts.model_type and facts.model_type not in CONFIG_MAPPING:
+        raise ModelLoadFailed(
+            f"config.json: model_type: {facts.model_type[:60]!a} is no architecture of transformers "
+            f"{transformers.__version__}"
+        )
+    if facts.is_quantized and options.quantization is not Quantization.NONE:
+        raise UnsupportedField.of("quantization", f"the checkpoint is quantized already ({facts.quantization_method})")
+    if facts.is_quantized:
+        check_stored(contents.config, chain.from_iterable(read_header(folder / name) for name in contents.weight_files))
+    return facts
 
 
 def default_task(facts: ModelFacts) -> str:

@@ -1,4 +1,4 @@
-"""Quantizing while loading, by bitsandbytes: what to ask it for, and what to mend afterwards.
+"""Weights of few bits: those that are stored so, and those that are made so while loading, by bitsandbytes.
 
 Imports torch and transformers; worker side only. On CPUs with AVX512-BF16 bitsandbytes asks a hub for kernels when the
 package ``kernels`` is installed: start processes that load models with HF_HUB_OFFLINE=1, so that it gets none.
@@ -8,23 +8,65 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-from slipstream_server.errors import MissingDependency
+from slipstream_server.errors import CorruptArtifact, MissingDependency, ModelLoadFailed
 from slipstream_server.models.load_options import LoadOptions, Quantization
 
 # The packed 4-bit format of the CPU takes rows and columns in these multiples only.
 _PACKED_ROWS = 32
 _PACKED_COLUMNS = 64
+_MAX_WORDS_CHARS = 300
+_BITSANDBYTES_BY_BITS = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
+# What bitsandbytes stores beside the weights that it has quantized.
+_SCALES_OF_4_BITS, _SCALES_OF_8_BITS = ".absmax", ".SCB"
 
 
 def require_package(name: str, purpose: str) -> None:
     """Raise MissingDependency unless the package ``name`` can be imported here."""
     if importlib.util.find_spec(name) is None:
         raise MissingDependency(f"{purpose}: the package {name} is not installed on this server")
+
+
+def check_stored(config: Mapping[str, Any], tensor_names: Iterable[str]) -> None:
+    """Raise where this build cannot read weights that are stored as ``config`` says, or where they are not stored so.
+
+    transformers passes over a method that it does not know, and finds out about the rest in the first step.
+    CorruptArtifact, MissingDependency or ModelLoadFailed.
+    """
+    stored: Mapping[str, Any] = config["quantization_config"]
+    is_4_bit, is_8_bit = bool(stored.get("load_in_4bit")), bool(stored.get("load_in_8bit"))
+    if is_4_bit or is_8_bit:
+        suffix = _SCALES_OF_4_BITS if is_4_bit else _SCALES_OF_8_BITS
+        if not any(name.endswith(suffix) for name in tensor_names):
+            raise CorruptArtifact(
+                "config.json: quantization_config says that bitsandbytes has quantized the weights, and it has not; "
+                "without it they can be quantized while they are loaded"
+            )
+    elif (method := str(stored.get("quant_method", "nothing"))) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        known = ", ".join(sorted({"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING} - _BITSANDBYTES_BY_BITS))
+        raise ModelLoadFailed(
+            f"config.json: quantization_config.quant_method: {method[:60]!a} is no method of transformers "
+            f"{transformers.__version__}; it reads {known}"
+        )
+    try:
+        AutoHfQuantizer.from_config(dict(stored), pre_quantized=True).validate_environment(device_map=None)
+    except ImportError as error:
+        raise MissingDependency(_own_words(error)) from error
+    except Exception as error:
+        raise ModelLoadFailed(f"config.json: quantization_config: {_own_words(error)}") from error
+
+
+def _own_words(error: Exception) -> str:
+    """What transformers says, unless it may hold a path."""
+    words = " ".join(str(error).split())
+    return words[:_MAX_WORDS_CHARS] if words and "/" not in words else f"cannot be read here ({type(error).__name__})"
 
 
 def quantization_config(options: LoadOptions) -> BitsAndBytesConfig:

@@ -155,6 +155,41 @@ def test_quantizing_twice_is_refused(model_copy: ModelCopy, edit_json: EditJson)
         load_model(folder, LoadOptions(device="cpu", quantization=Quantization.FOUR_BIT))
 
 
+BITS_4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+def test_what_bitsandbytes_has_stored_loads(built_models: ModelCopy, tmp_path: Path) -> None:
+    for number, bits in enumerate(({"load_in_4bit": True}, {"load_in_8bit": True})):
+        stored = transformers.AutoModelForCausalLM.from_pretrained(
+            built_models("llama"), quantization_config=transformers.BitsAndBytesConfig(**bits), device_map={"": "cpu"}
+        )
+        folder = tmp_path / str(number)
+        stored.save_pretrained(folder)
+        check_fit(folder, CPU)
+        torch.testing.assert_close(logits_of(load_model(folder, CPU).model), logits_of(stored))
+
+
+@pytest.mark.parametrize(
+    ("stored", "error", "words"),
+    [
+        ("yes", CorruptArtifact, "quantization_config is no object"),
+        ({"quant_method": "perpetuum"}, ModelLoadFailed, "'perpetuum' is no method"),
+        ({"bits": 4}, ModelLoadFailed, "'nothing' is no method"),
+        (BITS_4, CorruptArtifact, "says that bitsandbytes has quantized the weights, and it has not"),
+        ({"load_in_8bit": True}, CorruptArtifact, "says that bitsandbytes has quantized the weights, and it has not"),
+        ({"quant_method": "aqlm", "nbits_per_codebook": 16}, MissingDependency, "aqlm"),
+    ],
+)
+def test_what_is_stored_quantized_and_cannot_be_read_is_said_before_it_is_read(
+    model_copy: ModelCopy, edit_json: EditJson, stored: Any, error: type[Exception], words: str
+) -> None:
+    folder = model_copy("llama")
+    edit_json(folder / "config.json", quantization_config=stored)
+    for judge in (load_model, check_fit):
+        with pytest.raises(error, match=words):
+            judge(folder, CPU)
+
+
 @pytest.mark.parametrize(("package", "options"), [
     ("bitsandbytes", LoadOptions(quantization=Quantization.EIGHT_BIT)),
     ("accelerate", LoadOptions(device_map="auto")),
@@ -219,8 +254,9 @@ def test_fitting_takes_no_memory(built_models: ModelCopy, monkeypatch: pytest.Mo
 def test_an_unknown_architecture_is_a_failure(model_copy: ModelCopy, edit_json: EditJson) -> None:
     folder = model_copy("llama")
     edit_json(folder / "config.json", model_type="perpetuum_mobile")
-    with pytest.raises(ModelLoadFailed):
-        load_model(folder, CPU)
+    for judge in (load_model, check_fit):
+        with pytest.raises(ModelLoadFailed, match="'perpetuum_mobile' is no architecture of transformers"):
+            judge(folder, CPU)
 
 
 def test_unsafe_and_damaged_folders_never_reach_transformers(model_copy: ModelCopy, edit_json: EditJson) -> None:
