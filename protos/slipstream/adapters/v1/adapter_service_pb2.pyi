@@ -691,7 +691,7 @@ class CreateAdapterRequest(_message.Message):
 
     @_builtins.property
     def initialize(self) -> _lora_pb2.LoraConfig:
-        """Make version v1, freshly initialised in this shape; needs base_model. Unset: no version."""
+        """Make version v1, freshly initialised in this shape; needs base_model. Unset: no version. UNSUPPORTED_FIELD in this build."""
 
     def __init__(
         self,

@@ -160,7 +160,8 @@ class AdapterServiceServicer:
 
     def CreateAdapter(self, request, context):
         """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
+        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made. This
+        build refuses `initialize` (UNSUPPORTED_FIELD).
 
         Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
         """
@@ -180,7 +181,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportAdapter(self, request, context):
-        """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING.
+        """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING. This
+        build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
         Errors: INVALID_ARGUMENT for a place outside the configured ones, NOT_FOUND (ADAPTER_NOT_FOUND).
         """
@@ -360,7 +362,8 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job.
+        """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job. This build
+        answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), INVALID_ARGUMENT for weights or settings that the method
         does not have, FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER where bases differ, or ranks where the method needs equal ones).

@@ -40,7 +40,8 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     CreateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.Adapter]
     """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
+    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made. This
+    build refuses `initialize` (UNSUPPORTED_FIELD).
 
     Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
     """
@@ -52,7 +53,8 @@ class AdapterServiceStub:
     (QUOTA_EXCEEDED over the upload limit).
     """
     ImportAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.ImportAdapterRequest, _adapter_service_pb2.AdapterVersion]
-    """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING.
+    """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING. This
+    build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
     Errors: INVALID_ARGUMENT for a place outside the configured ones, NOT_FOUND (ADAPTER_NOT_FOUND).
     """
@@ -156,7 +158,8 @@ class AdapterServiceStub:
     Errors: FAILED_PRECONDITION (WRONG_STATE where the model has no active adapter).
     """
     MergeAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_service_pb2.MergeAdaptersRequest, _adapter_service_pb2.AdapterVersion]
-    """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job.
+    """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job. This build
+    answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), INVALID_ARGUMENT for weights or settings that the method
     does not have, FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER where bases differ, or ranks where the method needs equal ones).
@@ -173,7 +176,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.CreateAdapterRequest, _adapter_service_pb2.Adapter]  # type: ignore[assignment]
     """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
+    which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made. This
+    build refuses `initialize` (UNSUPPORTED_FIELD).
 
     Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
     """
@@ -185,7 +189,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     (QUOTA_EXCEEDED over the upload limit).
     """
     ImportAdapter: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.ImportAdapterRequest, _adapter_service_pb2.AdapterVersion]  # type: ignore[assignment]
-    """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING.
+    """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING. This
+    build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
     Errors: INVALID_ARGUMENT for a place outside the configured ones, NOT_FOUND (ADAPTER_NOT_FOUND).
     """
@@ -289,7 +294,8 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     Errors: FAILED_PRECONDITION (WRONG_STATE where the model has no active adapter).
     """
     MergeAdapters: _aio.UnaryUnaryMultiCallable[_adapter_service_pb2.MergeAdaptersRequest, _adapter_service_pb2.AdapterVersion]  # type: ignore[assignment]
-    """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job.
+    """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job. This build
+    answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
     Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), INVALID_ARGUMENT for weights or settings that the method
     does not have, FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER where bases differ, or ranks where the method needs equal ones).
@@ -309,7 +315,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.Adapter, _abc.Awaitable[_adapter_service_pb2.Adapter]]:
         """Makes an adapter: the name under which versions are kept. With `initialize` its version v1 is a freshly initialised adapter,
-        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made.
+        which changes nothing until it is trained; the answer's latest_version then names it, in STATE_IMPORTING while it is made. This
+        build refuses `initialize` (UNSUPPORTED_FIELD).
 
         Errors: INVALID_ARGUMENT for a bad id, ALREADY_EXISTS (ALREADY_EXISTS, REQUEST_ID_REUSED).
         """
@@ -333,7 +340,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.ImportAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.AdapterVersion, _abc.Awaitable[_adapter_service_pb2.AdapterVersion]]:
-        """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING.
+        """Fetches a version from a hub or from one of the service's import roots. Answers at once with a version in STATE_IMPORTING. This
+        build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
         Errors: INVALID_ARGUMENT for a place outside the configured ones, NOT_FOUND (ADAPTER_NOT_FOUND).
         """
@@ -551,7 +559,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_service_pb2.MergeAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_service_pb2.AdapterVersion, _abc.Awaitable[_adapter_service_pb2.AdapterVersion]]:
-        """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job.
+        """Makes a new version out of several. Answers at once with a version in STATE_IMPORTING; the work runs as a job. This build
+        answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
         Errors: NOT_FOUND (ADAPTER_NOT_FOUND, ADAPTER_VERSION_NOT_FOUND, ALIAS_NOT_FOUND), INVALID_ARGUMENT for weights or settings that the method
         does not have, FAILED_PRECONDITION (INCOMPATIBLE_ADAPTER where bases differ, or ranks where the method needs equal ones).

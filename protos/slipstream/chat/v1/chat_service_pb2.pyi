@@ -653,7 +653,7 @@ class MessageDelta(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """The new text. Never ends within a character; may be empty."""
+    """The new text. Never ends within a character; may be empty. In a conversation, which is stored, a NUL of the model's is U+FFFD."""
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.PositionLogprobs]:
         """One for each new token, where asked for."""

@@ -225,7 +225,7 @@ class Model(_message.Message):
 
     @_builtins.property
     def replica_statuses(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReplicaStatus]:
-        """One for each replica of the service, in the order of their ids. A single process lists itself."""
+        """One for each replica of the service, in the order of their ids. In this build the replica that answers lists itself alone."""
 
     @_builtins.property
     def catalogue_entry(self) -> Global___CatalogueEntry:

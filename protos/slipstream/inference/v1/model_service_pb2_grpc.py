@@ -116,8 +116,8 @@ class ModelServiceServicer:
 
     def LoadModel(self, request, context):
         """Makes a model ready to serve: registers it where its name is new, fetches it where it is not on disk, and starts a worker with it.
-        On several replicas every one of them follows (Model.replica_statuses). Loading what is loaded with the same options changes
-        nothing and answers with the model as it is.
+        In this build replicas do not follow each other: those that share the database load it when they start next.
+        Loading what is loaded with the same options changes nothing and answers with the model as it is.
 
         Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, ALREADY_EXISTS
         (ALREADY_EXISTS where the name is another source's, REQUEST_ID_REUSED), FAILED_PRECONDITION (WRONG_STATE where it is loaded with

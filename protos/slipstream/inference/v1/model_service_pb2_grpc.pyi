@@ -49,8 +49,8 @@ class ModelServiceStub:
     """
     LoadModel: _grpc.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.Model]
     """Makes a model ready to serve: registers it where its name is new, fetches it where it is not on disk, and starts a worker with it.
-    On several replicas every one of them follows (Model.replica_statuses). Loading what is loaded with the same options changes
-    nothing and answers with the model as it is.
+    In this build replicas do not follow each other: those that share the database load it when they start next.
+    Loading what is loaded with the same options changes nothing and answers with the model as it is.
 
     Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, ALREADY_EXISTS
     (ALREADY_EXISTS where the name is another source's, REQUEST_ID_REUSED), FAILED_PRECONDITION (WRONG_STATE where it is loaded with
@@ -125,8 +125,8 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     LoadModel: _aio.UnaryUnaryMultiCallable[_model_service_pb2.LoadModelRequest, _model_service_pb2.Model]  # type: ignore[assignment]
     """Makes a model ready to serve: registers it where its name is new, fetches it where it is not on disk, and starts a worker with it.
-    On several replicas every one of them follows (Model.replica_statuses). Loading what is loaded with the same options changes
-    nothing and answers with the model as it is.
+    In this build replicas do not follow each other: those that share the database load it when they start next.
+    Loading what is loaded with the same options changes nothing and answers with the model as it is.
 
     Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, ALREADY_EXISTS
     (ALREADY_EXISTS where the name is another source's, REQUEST_ID_REUSED), FAILED_PRECONDITION (WRONG_STATE where it is loaded with
@@ -216,8 +216,8 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_service_pb2.Model, _abc.Awaitable[_model_service_pb2.Model]]:
         """Makes a model ready to serve: registers it where its name is new, fetches it where it is not on disk, and starts a worker with it.
-        On several replicas every one of them follows (Model.replica_statuses). Loading what is loaded with the same options changes
-        nothing and answers with the model as it is.
+        In this build replicas do not follow each other: those that share the database load it when they start next.
+        Loading what is loaded with the same options changes nothing and answers with the model as it is.
 
         Errors: INVALID_ARGUMENT for a bad name, source or option, NOT_FOUND for a source that does not exist, ALREADY_EXISTS
         (ALREADY_EXISTS where the name is another source's, REQUEST_ID_REUSED), FAILED_PRECONDITION (WRONG_STATE where it is loaded with

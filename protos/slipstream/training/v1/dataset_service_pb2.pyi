@@ -49,7 +49,8 @@ class _DatasetFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dataset
 
 class DatasetFormat(_DatasetFormat, metaclass=_DatasetFormatEnumTypeWrapper):
     """What the rows of a dataset hold, and so what can be trained on them. A field that the format does not have is an error of the row
-    (UNKNOWN_KEY): what is dropped silently changes what is trained.
+    (UNKNOWN_KEY): what is dropped silently changes what is trained. This build reads MESSAGES and PROMPT_COMPLETION; asking for another
+    one is UNSUPPORTED_FIELD.
     """
 
 DATASET_FORMAT_UNSPECIFIED: DatasetFormat.ValueType  # 0
@@ -591,7 +592,9 @@ class UploadDatasetHeader(_message.Message):
 
     @_builtins.property
     def field_mapping(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Which field of the files stands for a field of the format: {"prompt": "question"}. Fields not named stand for themselves."""
+        """Which field of the files stands for a field of the format: {"prompt": "question"}. Fields not named stand for themselves.
+        UNSUPPORTED_FIELD in this build.
+        """
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -629,7 +632,9 @@ class DatasetFile(_message.Message):
     """The split its rows belong to. Empty: "train"."""
     @_builtins.property
     def file(self) -> _artifact_pb2.ArtifactFile:
-        """Path, length and hash. The ending says how it is read: .jsonl, .json (a list), .csv, .tsv, .parquet or .txt (a row a line)."""
+        """Path, length and hash. The ending says how it is read: .jsonl, .json (a list), .csv, .tsv, .parquet or .txt (a row a line).
+        This build reads .jsonl; the others are UNSUPPORTED_FIELD.
+        """
 
     def __init__(
         self,
@@ -887,7 +892,7 @@ class PreviewDatasetRequest(_message.Message):
     max_length_tokens: _builtins.int
     """Length at which rows are cut, in tokens, 1 or more. Default: the model's context."""
     train_on_prompt: _builtins.bool
-    """Whether the prompt counts for the loss too. Default false."""
+    """Whether the prompt counts for the loss too. Default false; true is UNSUPPORTED_FIELD in this build."""
     def __init__(
         self,
         *,

@@ -88,7 +88,8 @@ class DatasetServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ImportDataset(self, request, context):
-        """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING.
+        """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING. This
+        build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
         Errors: INVALID_ARGUMENT for a place outside the configured ones, ALREADY_EXISTS, FAILED_PRECONDITION (MISSING_DEPENDENCY).
         """

@@ -45,7 +45,8 @@ class DatasetServiceStub:
     FAILED_PRECONDITION (CORRUPT_ARTIFACT), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED over the upload limit, STORAGE_FULL).
     """
     ImportDataset: _grpc.UnaryUnaryMultiCallable[_dataset_service_pb2.ImportDatasetRequest, _dataset_service_pb2.Dataset]
-    """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING.
+    """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING. This
+    build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
     Errors: INVALID_ARGUMENT for a place outside the configured ones, ALREADY_EXISTS, FAILED_PRECONDITION (MISSING_DEPENDENCY).
     """
@@ -87,7 +88,8 @@ class DatasetServiceAsyncStub(DatasetServiceStub):
     FAILED_PRECONDITION (CORRUPT_ARTIFACT), RESOURCE_EXHAUSTED (QUOTA_EXCEEDED over the upload limit, STORAGE_FULL).
     """
     ImportDataset: _aio.UnaryUnaryMultiCallable[_dataset_service_pb2.ImportDatasetRequest, _dataset_service_pb2.Dataset]  # type: ignore[assignment]
-    """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING.
+    """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING. This
+    build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
     Errors: INVALID_ARGUMENT for a place outside the configured ones, ALREADY_EXISTS, FAILED_PRECONDITION (MISSING_DEPENDENCY).
     """
@@ -138,7 +140,8 @@ class DatasetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dataset_service_pb2.ImportDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dataset_service_pb2.Dataset, _abc.Awaitable[_dataset_service_pb2.Dataset]]:
-        """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING.
+        """Fetches a dataset from a hub or from one of the service's import roots. Answers at once with a dataset in STATE_IMPORTING. This
+        build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED): upload the files.
 
         Errors: INVALID_ARGUMENT for a place outside the configured ones, ALREADY_EXISTS, FAILED_PRECONDITION (MISSING_DEPENDENCY).
         """

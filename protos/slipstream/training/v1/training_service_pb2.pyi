@@ -374,7 +374,11 @@ Global___TrainingJob: _TypeAlias = TrainingJob  # noqa: Y015
 
 @_typing.final
 class TrainingJobSpec(_message.Message):
-    """What is to be trained, on what, how, and what becomes of it."""
+    """What is to be trained, on what, how, and what becomes of it. This build trains LoRA adapters of causal language models with the
+    Transformers Trainer, on the service's own machine. Whatever else is asked for is UNSUPPORTED_FIELD, and every such field is named:
+    another task, method, loop or engine; initial_adapter; of the dataset max_train_rows, train_on_prompt and chat_template; FLOAT16, the
+    two Adam decays, activation_checkpointing, packing and dpo_beta; of the evaluation everything but interval_steps; several machines.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -198,6 +198,7 @@ class TrainingServiceServicer:
 
     def EvaluateModel(self, request, context):
         """Queues an evaluation of a model, with or without an adapter, on a dataset: a job like any other, whose result holds the figures.
+        This build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
         Errors: those of CreateTrainingJob.
         """

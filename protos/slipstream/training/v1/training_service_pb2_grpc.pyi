@@ -94,6 +94,7 @@ class TrainingServiceStub:
     """
     EvaluateModel: _grpc.UnaryUnaryMultiCallable[_training_service_pb2.EvaluateModelRequest, _training_service_pb2.TrainingJob]
     """Queues an evaluation of a model, with or without an adapter, on a dataset: a job like any other, whose result holds the figures.
+    This build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
     Errors: those of CreateTrainingJob.
     """
@@ -163,6 +164,7 @@ class TrainingServiceAsyncStub(TrainingServiceStub):
     """
     EvaluateModel: _aio.UnaryUnaryMultiCallable[_training_service_pb2.EvaluateModelRequest, _training_service_pb2.TrainingJob]  # type: ignore[assignment]
     """Queues an evaluation of a model, with or without an adapter, on a dataset: a job like any other, whose result holds the figures.
+    This build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
     Errors: those of CreateTrainingJob.
     """
@@ -295,6 +297,7 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_training_service_pb2.TrainingJob, _abc.Awaitable[_training_service_pb2.TrainingJob]]:
         """Queues an evaluation of a model, with or without an adapter, on a dataset: a job like any other, whose result holds the figures.
+        This build answers UNIMPLEMENTED (METHOD_NOT_IMPLEMENTED).
 
         Errors: those of CreateTrainingJob.
         """

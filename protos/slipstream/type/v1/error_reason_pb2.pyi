@@ -87,7 +87,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_FENCED_OUT: _ErrorReason.ValueType  # 30
     """ABORTED. A newer owner has taken the work over; the writer's token is stale."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 31
-    """RESOURCE_EXHAUSTED with RetryInfo. The queue of the request's priority is full."""
+    """RESOURCE_EXHAUSTED, with RetryInfo where it is known when to try again. Where the request would have to wait there is no room: in the
+    model's queue, for a thread that compiles its constraint, behind other exports, jobs or models to be made.
+    """
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 32
     """RESOURCE_EXHAUSTED. A configured quota is used up."""
     ERROR_REASON_MESSAGE_TOO_LARGE: _ErrorReason.ValueType  # 33
@@ -190,7 +192,9 @@ ERROR_REASON_STALE_GENERATION: ErrorReason.ValueType  # 29
 ERROR_REASON_FENCED_OUT: ErrorReason.ValueType  # 30
 """ABORTED. A newer owner has taken the work over; the writer's token is stale."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 31
-"""RESOURCE_EXHAUSTED with RetryInfo. The queue of the request's priority is full."""
+"""RESOURCE_EXHAUSTED, with RetryInfo where it is known when to try again. Where the request would have to wait there is no room: in the
+model's queue, for a thread that compiles its constraint, behind other exports, jobs or models to be made.
+"""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 32
 """RESOURCE_EXHAUSTED. A configured quota is used up."""
 ERROR_REASON_MESSAGE_TOO_LARGE: ErrorReason.ValueType  # 33

@@ -72,7 +72,9 @@ class LoraConfig(_message.Message):
     use_rslora: _builtins.bool
     """Scale by alpha/sqrt(rank) in place of alpha/rank. Default false."""
     use_dora: _builtins.bool
-    """Decompose the update into direction and magnitude (DoRA). Default false. Served by merging, never in a mixed batch."""
+    """Decompose the update into direction and magnitude (DoRA). Default false. Merged by ExportModel; not served in a shared batch
+    (INCOMPATIBLE_ADAPTER).
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the linear modules that get an adapter, by the last part of their path ("q_proj"), or the one word
