@@ -70,7 +70,9 @@ class Ours:
         self._packed = PackedModel(Traits.of(model))
         device = self._packed.traits.device
         limits = StepLimits(max_running=max_rows, max_step_tokens=STEP_TOKENS)
-        self._engine = ContinuousEngine(self._packed, limits, blocks_for(num_tokens), prefix_caching=False)
+        self._engine = ContinuousEngine(
+            self._packed, limits, blocks_for(num_tokens), prefix_caching=False, runs_ahead=True
+        )
         self.is_recorded = device.type == "cuda" and self._packed.record_decoding(CudaRecorder(device), max_rows)
         self._ids = itertools.count(1)
 
