@@ -94,7 +94,12 @@ _DRAWING = (
     _SEED,
     _float("temperature", "How even the draw is; needs do_sample. Default: the model's own.", 0.01, 100.0),
     _int("top_k", "Draw from this many best tokens; needs do_sample. Default: the model's own.", 1, _MAX_COUNT),
-    _float("top_p", "Draw from the best tokens that make up this probability. Default: the model's own.", 0.0001, 1.0),
+    _float(
+        "top_p",
+        "Draw from the best tokens that make up this probability; needs do_sample. Default: the model's own.",
+        0.0001,
+        1.0,
+    ),
 )
 _WRITING = (
     _MAX_NEW_TOKENS,
@@ -178,10 +183,10 @@ IMAGE_SEGMENTATION = _task(
             ("panoptic", "instance", "semantic"),
         ),
         _threshold(0.9, "Areas"),
-        _float("mask_threshold", "From which value on a pixel belongs to an area.", 0.0, 1.0, 0.5),
+        _float("mask_threshold", "From which value on a pixel belongs to a panoptic area.", 0.0, 1.0, 0.5),
         _float(
             "overlap_mask_area_threshold",
-            "Share of an area that must be left once other areas took theirs, else it is dropped.",
+            "Share of a panoptic area that must be left once other areas took theirs, else it is dropped.",
             0.0,
             1.0,
             0.5,
@@ -230,7 +235,6 @@ MASK_GENERATION = _task(
         _int("points_per_crop", "Points on each side of the grid.", 1, 64, 32),
         _int("crops_n_layers", "Layers of crops to look at too, of 4, 16, ... crops.", 0, 2, 0),
         _float("crop_overlap_ratio", "Share of the picture's side by which crops overlap.", 0.0, 0.9, 512 / 1500),
-        _int("crop_n_points_downscale_factor", "By how much the grid of each layer is coarser.", 1, 8, 1),
         _float("pred_iou_thresh", "Masks that the model rates lower are left out.", 0.0, 1.0, 0.88),
         _float("stability_score_thresh", "Masks that change more with the cutoff are left out.", 0.0, 1.0, 0.95),
         _float("stability_score_offset", "How far the cutoff is moved to see how masks change.", 0.0, 10.0, 1.0),
@@ -270,7 +274,10 @@ ANY_TO_ANY = _task(
     description="Writes about text, pictures, sounds and films in one message, as far as the model reads them.",
     input_kinds=(MultimodalInput.KIND,),
     result_kinds=(GeneratedTextResult.KIND,),
-    parameters=(*_WRITING, _int("num_frames", "Frames to read of each film, from its beginning.", 1, 64, 8)),
+    parameters=(
+        *_WRITING,
+        _int("num_frames", "Frames to read of each film, from its beginning; torchvision has to be there.", 1, 64, 8),
+    ),
     auto_classes=("AutoModelForMultimodalLM", "AutoModelForImageTextToText"),
     families=_MULTIMODAL,
     packages=("av", "pillow", "soundfile", "soxr"),

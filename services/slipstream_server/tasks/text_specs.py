@@ -214,9 +214,11 @@ TABLE_QUESTION_ANSWERING = TaskSpec(
     parameters=(
         Parameter(
             name="max_new_tokens",
-            description="Longest answer of models that write it, in tokens. Not used by models that point at cells.",
+            description=(
+                "Longest answer of models that write it, in tokens. Default: 256, or what the model has room for. "
+                "Refused by models that point at cells."
+            ),
             type=ParameterType.INT,
-            default=256,
             min_value=1,
             max_value=4096,
         ),

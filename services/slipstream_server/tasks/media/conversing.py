@@ -24,7 +24,7 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.media.films import decode_film
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, given
+from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, check_drawing, given
 from slipstream_server.tasks.media.sounds import decode_sound
 
 _FILM_FRAMES = 8
@@ -72,6 +72,7 @@ def _check_length(config: Any, num_tokens: int) -> None:
 
 
 def _read_conversation(pipeline: Any, item: ImageInput | MultimodalInput, parameters: Parameters) -> Any:
+    check_drawing(pipeline, parameters)
     parts = (item,) if isinstance(item, ImageInput) else item.parts
     if not 1 <= len(parts) <= _MAX_PARTS:
         raise InvalidField.of("multimodal.parts", f"{len(parts)} parts; 1 to {_MAX_PARTS} are allowed")
@@ -104,6 +105,7 @@ def _require(pipeline: Any, name: str, field: str) -> Any:
 
 
 def _read_caption(pipeline: Any, item: ImageInput | MultimodalInput, parameters: Parameters) -> Any:
+    check_drawing(pipeline, parameters)
     parts = (item,) if isinstance(item, ImageInput) else item.parts
     images = [part for part in parts if isinstance(part, ImageInput)]
     words = [part.text for part in parts if isinstance(part, TextInput)]

@@ -17,7 +17,7 @@ from slipstream_server.tasks.items import (
     TranscriptionResult,
     ZeroShotAudioInput,
 )
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, given
+from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, check_drawing, given
 from slipstream_server.tasks.media.sounds import decode_sound
 from slipstream_server.tasks.media.vision import candidates, label_scores, same_candidates, shape_candidates
 
@@ -51,6 +51,8 @@ ZERO_SHOT_SOUND = Steps(read=_read_zero_shot, arguments=candidates, company=same
 # automatic-speech-recognition
 
 _TIMESTAMPS = {"none": None, "word": "word", "char": "char", "segment": True}
+_PROMPT_TOKENS = 4
+"""Start, language, task and whether there are times."""
 _GENERATION = ("language", "task", "max_new_tokens", "num_beams")
 
 
@@ -85,6 +87,7 @@ def _check_speech(pipeline: Any, parameters: Parameters) -> None:
     for name in _GENERATION:
         if parameters.get(name) is not None and pipeline.type == "ctc":
             raise InvalidField.of(f"parameters.{name}", "this model labels frames and writes no text of its own")
+    _check_writing(pipeline, parameters)
     for name in ("language", "task"):
         if parameters.get(name) is not None and not _is_multilingual(pipeline):
             raise InvalidField.of(f"parameters.{name}", "this model knows one language and does not translate")
@@ -93,6 +96,15 @@ def _check_speech(pipeline: Any, parameters: Parameters) -> None:
     chunk_s, stride_s = parameters.get("chunk_length_s") or 0, parameters.get("stride_length_s") or 0
     if stride_s and 2 * stride_s >= chunk_s:
         raise InvalidField.of("parameters.stride_length_s", f"{stride_s}; less than half of chunk_length_s ({chunk_s})")
+
+
+def _check_writing(pipeline: Any, parameters: Parameters) -> None:
+    """Whisper refuses to be told more than it has positions for, once it runs."""
+    positions = getattr(pipeline.model.config, "max_target_positions", None)
+    asked = parameters.get("max_new_tokens")
+    if asked and positions and asked + _PROMPT_TOKENS > positions:
+        room = positions - _PROMPT_TOKENS
+        raise InvalidField.of("parameters.max_new_tokens", f"{asked}; this model writes at most {room} at once")
 
 
 def _is_multilingual(pipeline: Any) -> bool:
@@ -145,13 +157,20 @@ MAX_SPOKEN_CHARACTERS = 4096
 """Models that speak hold the whole sound, and attend to all of the text, at once."""
 
 
+_SPEECH_GENERATION = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
+
+
 def _read_text(pipeline: Any, item: TextInput, parameters: Parameters) -> Any:
+    check_drawing(pipeline, parameters)
     if not item.text.strip():
         raise InvalidField.of("text", "is empty")
     if len(item.text) > MAX_SPOKEN_CHARACTERS:
         raise PromptTooLong.of(
             "text", f"{len(item.text)} characters; at most {MAX_SPOKEN_CHARACTERS} are spoken at once"
         )
+    for name in _SPEECH_GENERATION:
+        if parameters.get(name) and not pipeline.model.can_generate():
+            raise InvalidField.of(f"parameters.{name}", "this model makes the whole sound at once, not token by token")
     return item.text
 
 
@@ -160,7 +179,7 @@ def _alone(item: Any, parameters: Parameters) -> Alone:
 
 
 def _speaking(pipeline: Any, item: Any, parameters: Parameters) -> dict[str, Any]:
-    generate = given(parameters, "do_sample", "temperature", "top_k", "top_p", "max_new_tokens")
+    generate = given(parameters, *_SPEECH_GENERATION)
     return {"generate_kwargs": generate if pipeline.model.can_generate() else {}}
 
 

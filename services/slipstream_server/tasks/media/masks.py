@@ -25,11 +25,11 @@ from slipstream_server.tasks.media.images import decode_image, encode_mask
 from slipstream_server.tasks.media.pipelines import PIXELS_PER_TOKEN, Alone, Parameters, given
 from slipstream_server.tasks.runner import Piece
 
+# Without crop_n_points_downscale_factor: Transformers 5.23 fails wherever two layers' grids are not of one size.
 _ARGUMENTS = (
     "points_per_crop",
     "crops_n_layers",
     "crop_overlap_ratio",
-    "crop_n_points_downscale_factor",
     "pred_iou_thresh",
     "stability_score_thresh",
     "stability_score_offset",

@@ -132,21 +132,30 @@ class PipelineRunner:
 
 def _check_texts(config: Any, inputs: Any) -> None:
     """Pipelines do not cut texts; one that is longer than the model's positions would fail a whole batch."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = _positions(config)
     texts = [inputs, *(each for each in inputs.get("text_inputs") or () if hasattr(each, "get"))]
     for ids in (text.get("input_ids") for text in texts):
         if limit and isinstance(ids, torch.Tensor) and ids.shape[-1] > limit:
             raise PromptTooLong.of("inputs", f"a text has {ids.shape[-1]} tokens; the model reads {limit}")
 
 
+def _positions(config: Any, *, decoder: bool | None = None) -> int | None:
+    """How many tokens a model has places for; None where it does not say, or reads several kinds of text (MusicGen)."""
+    try:
+        positions = getattr(config.get_text_config(decoder=decoder), "max_position_embeddings", None)
+    except ValueError:
+        return None
+    return int(positions) if positions else None
+
+
 def _bounded_length(model: Any, forward: Mapping[str, Any], num_started: int) -> dict[str, int]:
     """Nothing, or a ``max_new_tokens`` that ends a text where the model's positions end: writing on is a failure of the
     device. Raises InvalidField where the caller asks for more.
     """
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    positions = _positions(model.config, decoder=True)
     if not model.can_generate() or not positions:
         return {}
-    room, asked = int(positions) - num_started, forward.get("max_new_tokens")
+    room, asked = positions - num_started, forward.get("max_new_tokens")
     if room < 1:
         raise PromptTooLong.of("inputs", f"{num_started} tokens; this model reads and writes {positions} in all")
     if asked is not None and asked > room:
@@ -154,6 +163,19 @@ def _bounded_length(model: Any, forward: Mapping[str, Any], num_started: int) ->
     own = model.generation_config
     length = asked or own.max_new_tokens or (own.max_length or DEFAULT_NEW_TOKENS + num_started) - num_started
     return {"max_new_tokens": room} if length > room else {}
+
+
+def check_drawing(pipeline: Any, parameters: Parameters) -> None:
+    """Raise InvalidField for what would be without effect, or a failure of the forward pass."""
+    if parameters.get("do_sample"):
+        return
+    for name in ("temperature", "top_k", "top_p"):
+        if parameters.get(name) is not None:
+            raise InvalidField.of(f"parameters.{name}", "has no effect while drawing is off; set do_sample to true")
+    own = getattr(pipeline.model, "generation_config", None)
+    num_beams = int(parameters.get("num_beams") or getattr(own, "num_beams", None) or 1)
+    if (asked := int(parameters.get("num_return_sequences") or 1)) > num_beams:
+        raise InvalidField.of("parameters.num_return_sequences", f"{asked} of {num_beams} beams; or set do_sample")
 
 
 @contextmanager

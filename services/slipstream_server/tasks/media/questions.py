@@ -22,6 +22,9 @@ MAX_IMAGE_TO_IMAGE_PIXELS = 2_000_000
 def _read_question(pipeline: Any, item: VisualQuestionInput, parameters: Parameters) -> Any:
     if not item.question.strip():
         raise InvalidField.of("visual_question.question", "is empty")
+    for name in ("max_new_tokens", "num_beams"):
+        if parameters.get(name) is not None and not pipeline.model.can_generate():
+            raise InvalidField.of(f"parameters.{name}", "this model chooses from a list and writes nothing")
     return {"image": decode_image(item.image, "visual_question.image.data"), "question": item.question}
 
 

@@ -27,6 +27,7 @@ from slipstream_server.tasks.runner import Piece
 from slipstream_server.tasks.text.inputs import expect
 from slipstream_server.tasks.text.model import Row, TextModel
 
+_MAX_NEW_TOKENS = 256
 _MAX_CELL_TOKENS = 15
 """Of TAPEX: what is longer was cut in its training."""
 
@@ -55,6 +56,8 @@ class CellSelection:
     def prepare(self, item: TaskInput, parameters: Mapping[str, Any]) -> Sequence[Piece]:
         import pandas
 
+        if parameters.get("max_new_tokens") is not None:
+            raise InvalidField.of("parameters.max_new_tokens", "this model points at cells and writes nothing")
         asked = checked(item)
         table = pandas.DataFrame([list(row) for row in asked.rows], columns=list(asked.columns), dtype=str)
         truncation = "drop_rows_to_fit" if parameters.get("truncation") else "do_not_truncate"
@@ -109,7 +112,8 @@ class WrittenTableAnswer:
         asked = checked(item)
         rows = [[self._short(cell) for cell in row] for row in asked.rows]
         encoding = self._encoded(asked, rows, truncates=bool(parameters.get("truncation")))
-        return [Piece(size=len(encoding), payload=Row.of(encoding), group=parameters.get("max_new_tokens", 256))]
+        length = self._length(parameters.get("max_new_tokens"))
+        return [Piece(size=len(encoding), payload=Row.of(encoding), group=length)]
 
     def run(self, pieces: Sequence[Piece]) -> Sequence[Any]:
         input_ids, mask = self._model.padded([piece.payload for piece in pieces])
@@ -122,6 +126,14 @@ class WrittenTableAnswer:
     def finish(self, item: TaskInput, parameters: Mapping[str, Any], raw: Sequence[Any]) -> QuestionAnsweringResult:
         text = self._model.tokenizer.decode(raw[0], skip_special_tokens=True)
         return QuestionAnsweringResult([Answer(text=text)])
+
+    def _length(self, asked: int | None) -> int:
+        """Tokens to write at most; a decoder that has places for no more must not be told to."""
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        room = int(positions) - 1 if positions else None
+        if asked is not None and room is not None and asked > room:
+            raise InvalidField.of("parameters.max_new_tokens", f"{asked}; this model has room for {room}")
+        return asked if asked is not None else min(_MAX_NEW_TOKENS, room or _MAX_NEW_TOKENS)
 
     def _encoded(
         self, asked: TableQuestionInput, rows: Sequence[Sequence[str]], *, truncates: bool

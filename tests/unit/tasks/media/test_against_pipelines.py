@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
 from slipstream_server.errors import InvalidField, ModelLoadFailed, PromptTooLong, UnsupportedField
 from slipstream_server.tasks import items
@@ -104,6 +105,7 @@ def test_zero_shot_object_detection(made: Any) -> None:
     [
         (tiny.segformer, {"subtask": "semantic"}),
         (tiny.maskformer, {"threshold": 0.0, "mask_threshold": 0.4, "overlap_mask_area_threshold": 0.0}),
+        (tiny.maskformer, {"subtask": "panoptic", "threshold": 0.3, "mask_threshold": 0.3}),
         (tiny.maskformer, {"subtask": "instance", "threshold": 0.0}),
         (tiny.maskformer, {"subtask": "semantic"}),
     ],
@@ -287,20 +289,25 @@ def test_speech_recognition_by_frames(made: Any, parameters: dict[str, Any]) -> 
         {"return_timestamps": "segment", "max_new_tokens": 8, "language": "de", "task": "translate"},
         {"return_timestamps": "none", "max_new_tokens": 8, "num_beams": 2},
         {"return_timestamps": "word", "max_new_tokens": 8},
+        {"return_timestamps": "none", "max_new_tokens": 8, "return_language": True},
     ],
 )
 def test_speech_recognition_by_writing(made: Any, parameters: dict[str, Any]) -> None:
     model, folder = made(tiny.whisper)
     runner = media_runner("automatic-speech-recognition", model, folder, torch.device("cpu"))
     results, largest = batched(runner, [items.AudioInput(data=tiny.wav(s)) for s in sounds()], parameters)
-    assert largest == (3 if parameters["return_timestamps"] == "none" else 1)
+    assert largest == (3 if parameters["return_timestamps"] == "none" and "return_language" not in parameters else 1)
     pipe = plain("automatic-speech-recognition", model, folder, "feature_extractor", "tokenizer")
     stamps = {"none": None, "segment": True, "word": "word"}[parameters["return_timestamps"]]
     asked = {**parameters, "return_timestamps": stamps}
     if stamps is None:
         del asked["return_timestamps"]
     for sound, result in zip(sounds(), results, strict=True):
-        assert_transcription(result, pipe(sound.copy(), **asked), chunks=stamps is not None)
+        expected = pipe(sound.copy(), **asked)
+        assert result.text
+        assert_transcription(result, expected, chunks=stamps is not None)
+        if "return_language" in parameters:
+            assert {result.language} == {TO_LANGUAGE_CODE.get(c["language"], c["language"]) for c in expected["chunks"]}
 
 
 def test_text_to_audio(made: Any) -> None:

@@ -162,7 +162,10 @@ def maskformer(folder: Path) -> Any:
         backbone_config=backbone, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32, **LABELS
     )
     processor = _square("MaskFormerImageProcessorPil", size_divisor=0)
-    return _made(folder, hf.MaskFormerForInstanceSegmentation, config, processor)
+    model = _made(folder, hf.MaskFormerForInstanceSegmentation, config, processor)
+    with torch.no_grad():
+        model.class_predictor.bias[-1] = -9  # else every query sees nothing
+    return model
 
 
 def glpn(folder: Path) -> Any:
@@ -363,6 +366,9 @@ def whisper(folder: Path) -> Any:
     model = _made(
         folder, hf.WhisperForConditionalGeneration, config, hf.WhisperFeatureExtractor(feature_size=16), names
     )
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[: len(letters)] *= 2  # else times and marks crowd out the letters
+        model.model.decoder.embed_positions.weight *= 8  # else one letter follows itself
     model.generation_config = hf.GenerationConfig(
         is_multilingual=True, lang_to_id={"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]},
         task_to_id={"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
@@ -425,6 +431,42 @@ def llama(folder: Path) -> Any:
     return _made(folder, hf.LlamaForCausalLM, config, names)
 
 
+def bart(folder: Path) -> Any:
+    names = tokenizer(eos_token="[SEP]", bos_token="[CLS]")
+    config = hf.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=len(names), max_position_embeddings=64, bos_token_id=2,
+        eos_token_id=3, pad_token_id=0, decoder_start_token_id=3, forced_eos_token_id=None,
+    )  # fmt: skip
+    return _made(folder, hf.BartForConditionalGeneration, config, names)
+
+
+def musicgen(folder: Path) -> Any:
+    names = tokenizer(eos_token="[SEP]")
+    text = hf.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=len(names), pad_token_id=0, eos_token_id=3
+    )
+    sound = hf.EncodecConfig(
+        num_filters=4, hidden_size=8, codebook_size=32, codebook_dim=8, upsampling_ratios=[8, 8], num_lstm_layers=1,
+        target_bandwidths=[2.5, 5.0], sampling_rate=16000, norm_type="weight_norm", num_residual_layers=1,
+    )  # fmt: skip
+    decoder = hf.MusicgenDecoderConfig(
+        vocab_size=32, max_position_embeddings=64, num_hidden_layers=1, num_attention_heads=2, ffn_dim=24,
+        hidden_size=16, num_codebooks=2, pad_token_id=32, bos_token_id=32, audio_channels=1,
+    )  # fmt: skip
+    config = hf.MusicgenConfig(text_encoder=text, audio_encoder=sound, decoder=decoder)
+    model = _made(folder, hf.MusicgenForConditionalGeneration, config, names)
+    with torch.no_grad():
+        for head in model.decoder.lm_heads:
+            head.weight *= 0.1  # else draws are all alike
+        for layer in model.audio_encoder.quantizer.layers:
+            layer.codebook.embed.normal_()  # else every code sounds alike
+    model.generation_config = hf.GenerationConfig(
+        decoder_start_token_id=32, pad_token_id=32, bos_token_id=32, max_length=20, guidance_scale=None
+    )
+    return model
+
+
 Maker = Callable[[Path], Any]
 
 
@@ -446,13 +488,22 @@ def _sam_processor() -> Any:
     )  # fmt: skip
 
 
+def _pointed(model: Any, factor: float) -> Any:
+    """With masks that depend on the point asked about."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and ("mask_decoder" in name or "prompt" in name) and "iou" not in name:
+                parameter *= factor
+    return model
+
+
 def sam(folder: Path) -> Any:
     config = hf.SamConfig(
         vision_config=hf.SamVisionConfig(**_SAM_VISION, global_attn_indexes=[1]),
         prompt_encoder_config=hf.SamPromptEncoderConfig(**_SAM_PROMPTS),
         mask_decoder_config=hf.SamMaskDecoderConfig(**_SAM_DECODER),
     )
-    return _made(folder, hf.SamModel, config, _sam_processor())
+    return _pointed(_made(folder, hf.SamModel, config, _sam_processor()), 4)
 
 
 def sam_hq(folder: Path) -> Any:
@@ -462,4 +513,4 @@ def sam_hq(folder: Path) -> Any:
         prompt_encoder_config=hf.SamHQPromptEncoderConfig(**_SAM_PROMPTS),
         mask_decoder_config=hf.SamHQMaskDecoderConfig(**_SAM_DECODER, vit_dim=16),
     )
-    return _made(folder, hf.SamHQModel, config, _sam_processor())
+    return _pointed(_made(folder, hf.SamHQModel, config, _sam_processor()), 2)
