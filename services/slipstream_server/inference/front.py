@@ -29,7 +29,9 @@ from slipstream_server.inference.served_model import ModelPlan as ModelPlan
 from slipstream_server.inference.served_model import ServedModel
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.task_calls import TaskCall, check_model, check_task
-from slipstream_server.inference.task_runs import TaskRun, WorkerRun, WriterRun
+from slipstream_server.inference.task_runs import TaskRun
+from slipstream_server.inference.task_tickets import WorkerRun
+from slipstream_server.inference.task_writing import WriterRun
 from slipstream_server.models.tokenizer import TokenSpan
 from slipstream_server.tasks.generation_prompts import check_languages, shape_of
 from slipstream_server.tasks.generation_settings import settings_of
