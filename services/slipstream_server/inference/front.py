@@ -22,8 +22,9 @@ from slipstream_server.errors import DeadlineExceeded, Unavailable, UnsupportedF
 from slipstream_server.inference.calls import ChatPrompt, GenerateCall, Prompt, StartedEvent
 from slipstream_server.inference.front_models import FrontConfig as FrontConfig
 from slipstream_server.inference.front_models import FrontModels
-from slipstream_server.inference.generation import AdapterPin
-from slipstream_server.inference.metrics import InferenceMetrics
+from slipstream_server.inference.generation import AdapterPin, GenerationRequest
+from slipstream_server.inference.metrics import InferenceMetrics, Operation
+from slipstream_server.inference.prompts import EncodedPrompt
 from slipstream_server.inference.resolve import check_call, resolve
 from slipstream_server.inference.served_model import ModelPlan as ModelPlan
 from slipstream_server.inference.served_model import ServedModel
@@ -136,17 +137,7 @@ class InferenceFront(FrontModels):
         model.check_generates()
         check_call(call, model.limits)
         arrival_s = time.monotonic()
-        model.dispatcher.queue.reserve()
-        try:
-            prompt = await model.text.encode(
-                call.prompt,
-                vocab_size=model.limits.vocab_size,
-                context_tokens=model.limits.context_tokens,
-                with_text=call.response.echo,
-            )
-            adapter = await self._adapter(model.plan.name, call.adapter)
-        finally:
-            model.dispatcher.queue.release()
+        prompt, adapter = await self._prepared(call, model)
         request = resolve(
             call,
             model.plan.facts,
@@ -157,24 +148,41 @@ class InferenceFront(FrontModels):
         )
         self._ready(model.plan.name)  # it may have died, or we begun to drain, meanwhile
         _check_deadline(call)
-        started = StartedEvent(model=model.plan.name, adapter_version=adapter.version if adapter else "")
+        stream = self._stream(call, request, prompt.text, model, arrival_s)
+        model.dispatcher.submit(stream.ticket)
+        self._hold(stream, model)
+        return stream
+
+    async def _prepared(self, call: GenerateCall, model: ServedModel) -> tuple[EncodedPrompt, AdapterPin | None]:
+        """The prompt's tokens and the adapter's version, with a place in the queue kept meanwhile."""
+        model.dispatcher.queue.reserve()
+        try:
+            prompt = await model.text.encode(
+                call.prompt,
+                vocab_size=model.limits.vocab_size,
+                context_tokens=model.limits.context_tokens,
+                with_text=call.response.echo,
+            )
+            return prompt, await self._adapter(model.plan.name, call.adapter)
+        finally:
+            model.dispatcher.queue.release()
+
+    def _stream(
+        self, call: GenerateCall, request: GenerationRequest, echo_text: str, model: ServedModel, arrival_s: float
+    ) -> GenerationStream:
+        version = request.adapter.version if request.adapter else ""
+        operation: Operation = "chat" if isinstance(call.prompt, ChatPrompt) else "text_completion"
         stream = GenerationStream(
             request,
-            started=started,
+            started=StartedEvent(model=model.plan.name, adapter_version=version),
             response=call.response,
             stop=call.stopping.stop,
-            echo_text=prompt.text,
+            echo_text=echo_text,
             detokenizers=model.text.detokenizers,
-            observer=model.metrics.of_request(
-                started.adapter_version,
-                operation="chat" if isinstance(call.prompt, ChatPrompt) else "text_completion",
-                arrival_s=arrival_s,
-            ),
+            observer=model.metrics.of_request(version, operation=operation, arrival_s=arrival_s),
             on_leave=self._left,
         )
         stream.ticket.arrival_s = arrival_s
-        model.dispatcher.submit(stream.ticket)
-        self._hold(stream, model)
         return stream
 
     async def open_task(self, call: TaskCall) -> TaskRun:
