@@ -220,7 +220,7 @@ class _Resolver:
         try:
             return self._fetch_entry(entry), recipe
         except DependencyUnavailable as error:
-            log.warning("model %s was made by an earlier recipe and stays as it is: %s", entry.name, error.message)
+            logger.warning("model %s was made by an earlier recipe and stays as it is: %s", entry.name, error.message)
             return kept, kept_recipe
 
     def _fetch_entry(self, entry: CatalogueEntry) -> _Found:
