@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from slipstream_server.inference.engine.tasks import TaskEngine
 from slipstream_server.inference.generation import Event, Failed, Finished, TaskResults
@@ -20,11 +20,18 @@ def drain(engine: TaskEngine) -> list[Event]:
         events += engine.step()
         engine.check_integrity()
         wait_s = engine.wait_s()
-        if wait_s is None and engine.wait_for_side(0.0) and engine.wait_s() is None:
+        if wait_s is None and not engine._live:
             return events
-        if wait_s != 0.0:
-            engine.wait_for_side(min(_TIMEOUT_S if wait_s is None else wait_s, _TIMEOUT_S))
+        due_s = limit if wait_s is None else time.monotonic() + wait_s
+        until(lambda due_s=due_s: engine.wait_s() == 0.0 or time.monotonic() >= due_s)
     raise AssertionError("the engine does not come to an end")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + _TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < limit, "it did not come true in time"
+        time.sleep(0.0005)
 
 
 def answers(engine: TaskEngine, requests: Sequence[TaskRequest]) -> dict[int, list[TaskResult]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.tasks.driving import answers, drain
+from tests.unit.tasks.driving import answers, drain, until
 
 from slipstream_server.errors import InvalidField
 from slipstream_server.inference.engine.tasks import TaskEngine
@@ -90,8 +90,7 @@ def test_every_input_is_answered_once_and_right_and_failures_stay_alone(wanted: 
 def test_pieces_of_different_requests_share_a_batch(engine: TaskEngine, runner: Lengths) -> None:
     for number in range(6):
         engine.submit(request(number, "abc"))
-    while not engine.wait_for_side(1.0) or engine._side._num_unfinished:
-        pass
+    until(lambda: len(engine._side._ready) == 6)
     drain(engine)
     assert max(map(len, runner.batches)) > 1
 

@@ -7,7 +7,6 @@ many inputs comes back to the end of the line after each handful, so that others
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +22,6 @@ class SideThreads(Generic[Outcome]):
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tasks")
         self._wake = wake
         self._ready: deque[Outcome] = deque()
-        self._changed = threading.Condition()
-        self._num_unfinished = 0
 
     @property
     def has_outcomes(self) -> bool:
@@ -32,8 +29,6 @@ class SideThreads(Generic[Outcome]):
 
     def do(self, job: Callable[[], Outcome]) -> None:
         """Have ``job`` done; it must not raise."""
-        with self._changed:
-            self._num_unfinished += 1
         self._pool.submit(self._work, job)
 
     def take(self) -> list[Outcome]:
@@ -43,11 +38,6 @@ class SideThreads(Generic[Outcome]):
             taken.append(self._ready.popleft())
         return taken
 
-    def wait(self, timeout_s: float) -> bool:
-        """Wait until an outcome lies ready or nothing is being done; whether that came about."""
-        with self._changed:
-            return self._changed.wait_for(lambda: bool(self._ready) or not self._num_unfinished, timeout_s)
-
     def close(self) -> None:
         """Begin nothing more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -56,7 +46,4 @@ class SideThreads(Generic[Outcome]):
         try:
             self._ready.append(job())
         finally:
-            with self._changed:
-                self._num_unfinished -= 1
-                self._changed.notify_all()
             self._wake()

@@ -154,10 +154,6 @@ class TaskEngine:
         due = min((due for due in dues if due is not None), default=None)
         return None if due is None else max(0.0, due - now)
 
-    def wait_for_side(self, timeout_s: float) -> bool:
-        """Wait until a side thread is done with something or idle; for callers without a ``wake`` of their own."""
-        return self._side.wait(timeout_s)
-
     def close(self) -> None:
         """Begin nothing more on the side threads."""
         self._side.close()
