@@ -27,7 +27,8 @@ allowed, and never hold a path of this machine or a traceback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -117,6 +118,13 @@ class NotFound(SlipstreamError):
 
 class ModelNotFound(NotFound):
     reason = "MODEL_NOT_FOUND"
+
+    @classmethod
+    def named(cls, name: str, known: Iterable[str] = ()) -> Self:
+        """The error for a name that no model has; it names the nearest of ``known``, where one is near."""
+        near = difflib.get_close_matches(name[:80], known, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return cls(f"no model {name[:80]!r} is known{hint}", metadata={"model": name[:80]})
 
 
 class AdapterNotFound(NotFound):

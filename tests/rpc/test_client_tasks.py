@@ -9,13 +9,16 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+import typer
 from tests.rpc.test_tasks import Service, service  # noqa: F401 - fixture
 from tests.rpc.test_tasks_convert import MADE
 
 from slipstream_client import InvalidRequestError, NotFoundError, ServerError, SlipstreamClient, SyncSlipstreamClient
+from slipstream_client.cli.task_inputs import Words, inputs_of
 from slipstream_client.cli.task_view import TaskView
 from slipstream_client.task_results import RESULTS, result_from_proto
 from slipstream_server.rpc.inference.task_results import task_result
+from slipstream_server.tasks.registry import get_task
 from unit.inference.fake_task_worker import WRONG
 
 
@@ -95,10 +98,28 @@ async def test_the_command_line_runs_tasks(service: Service, tmp_path: Path) -> 
     code, _, err = await command(service, "run", "text-classification", "--label", "x", "four")
     assert code == 2
     assert "--label" in err
+    code, _, err = await command(service, "run", "text-classification", "four", "--model", "jugde")
+    assert code == 1
+    assert "did you mean 'judge'?" in err
     code, out, _ = await command(service, "tasks", "describe", "sentiment-analysis")
     assert "function_to_apply" in out
     code, out, _ = await command(service, "tasks", "list", "--json")
     assert "summarization" in {json.loads(line)["name"].removeprefix("tasks/") for line in out.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("task", "option"),
+    [
+        ("question-answering", "--context"),
+        ("zero-shot-classification", "--label"),
+        ("text-ranking", "--document"),
+        ("image-classification", "--file, a picture"),
+        ("table-question-answering", "--file inputs.jsonl"),
+    ],
+)
+def test_who_gives_a_text_alone_is_told_what_belongs_to_it(task: str, option: str) -> None:
+    with pytest.raises(typer.BadParameter, match=option):
+        inputs_of(Words(texts=["Who?"]), get_task(task).input_kinds)
 
 
 def test_the_synchronous_client_runs_tasks() -> None:

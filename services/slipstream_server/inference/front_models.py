@@ -216,7 +216,7 @@ class FrontModels:
             raise self._expected.why_not(name)
         model = self._models.get(name)
         if model is None:
-            raise ModelNotFound(f"no model {name[:80]!r} is known", metadata={"model": name[:80]})
+            raise ModelNotFound.named(name, self._models)
         return model
 
     def _default_model(self) -> str:

@@ -86,7 +86,7 @@ class Library:
         """Raises ModelNotFound."""
         record = self.records.get(name)
         if record is None:
-            raise _unknown(name)
+            raise ModelNotFound.named(name, self.records)
         return record
 
     async def answered(self, key: RequestKey) -> str | None:
@@ -152,7 +152,7 @@ class Library:
 async def _find(session: AsyncSession, name: str) -> ModelRow:
     row = await session.get(ModelRow, name)
     if row is None:
-        raise _unknown(name)
+        raise ModelNotFound.named(name)
     return row
 
 
@@ -160,10 +160,6 @@ async def _remember(session: AsyncSession, key: RequestKey | None, name: str) ->
     if key is not None:
         await REQUESTS.get_or_claim(session, key)
         await REQUESTS.answer(session, key, name.encode())
-
-
-def _unknown(name: str) -> ModelNotFound:
-    return ModelNotFound(f"no model {name[:80]!r}", metadata={"model": name[:80]})
 
 
 def _check_etag(row: ModelRow, etag: str) -> None:

@@ -48,7 +48,7 @@ class LoadChoice(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise InvalidField.of(f"options.{name}", f"{value} is not from {least:g} to {most:g}")
+                raise InvalidField.of(f"options.{name}", f"{value} is not from {least} to {most}")
         fraction = self.memory_fraction
         if fraction is not None and not 0 < fraction <= 1:
             raise InvalidField.of("options.memory_fraction", f"{fraction} is not above 0 and at most 1")

@@ -109,8 +109,15 @@ def _checked(parameter: Parameter, value: Any) -> Any:
 def _check_range(field: str, parameter: Parameter, value: float) -> None:
     low, high = parameter.min_value, parameter.max_value
     if (low is not None and value < low) or (high is not None and value > high):
-        ends = f"{low:g} or more" if high is None else f"at most {high:g}" if low is None else f"{low:g} to {high:g}"
-        raise InvalidField.of(field, f"{value:g} is outside the allowed range, {ends}")
+        least, most = _spelt(low), _spelt(high)
+        ends = f"{least} or more" if high is None else f"at most {most}" if low is None else f"{least} to {most}"
+        raise InvalidField.of(field, f"{_spelt(value)} is outside the allowed range, {ends}")
+
+
+def _spelt(number: float | None) -> str:
+    """A number as people write it: 100000, not 1e+05."""
+    is_whole = number is not None and abs(number) <= _MAX_INT and float(number).is_integer()
+    return f"{number:.0f}" if is_whole else f"{number:g}" if number is not None else ""
 
 
 def _bool(field: str, value: Any) -> bool:
@@ -122,8 +129,10 @@ def _bool(field: str, value: Any) -> bool:
 def _int(field: str, value: Any) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _MAX_INT:
+    if isinstance(value, bool) or not isinstance(value, int):
         raise _wrong(field, value, "a number without a fraction")
+    if abs(value) > _MAX_INT:
+        raise InvalidField.of(field, f"{float(value):g} is not from -2^53 to 2^53")
     return value
 
 

@@ -58,6 +58,8 @@ async def test_a_change_of_the_wish_changes_the_etag_and_a_note_does_not(databas
         await library.remove("tiny", etag=first.etag)
     assert library.get("tiny").pinned
     assert heard == ["tiny"] * 3
+    with pytest.raises(ModelNotFound, match="did you mean 'tiny'"):
+        library.get("tini")
     await library.remove("tiny", etag=changed.etag)
     with pytest.raises(ModelNotFound):
         library.get("tiny")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -61,6 +62,16 @@ def test_a_bad_value_is_refused_by_name(name: str, value: object) -> None:
     with pytest.raises(InvalidField) as caught:
         check_parameters(SPEC, {"needed": "x", name: value})
     assert caught.value.violations[0].field.startswith(f"parameters.{name}")
+
+
+def test_numbers_are_spelt_as_people_write_them() -> None:
+    spec = replace(SPEC, parameters=(Parameter(name="n", description="", type=ParameterType.INT, max_value=100_000),))
+    for value, words in (
+        (10**9, "1000000000 is outside the allowed range, at most 100000"),
+        (1e300, r"1e\+300 is not"),
+    ):
+        with pytest.raises(InvalidField, match=words):
+            check_parameters(spec, {"n": value})
 
 
 def test_what_is_missing_or_unknown_is_named() -> None:

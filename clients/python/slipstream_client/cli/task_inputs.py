@@ -14,6 +14,18 @@ MAX_FILE_BYTES = 15 * 1024 * 1024
 MAX_LINE_CHARACTERS = 20 * 1024 * 1024
 _ZERO_SHOT = {"zero_shot": "text", "zero_shot_image": "image", "zero_shot_audio": "audio"}
 _FILES = ("image", "audio", "video")
+_LINES = "--file inputs.jsonl, an input in each line"
+_BESIDE_TEXT = {
+    "question_answering": "--context, the text that holds the answer",
+    "zero_shot": "--label, once for each",
+    "ranking": "--document, once for each",
+    "similarity": "--document, once for each",
+    **dict.fromkeys(
+        ("image", "audio", "video", "visual_question", "document_question"), "--file, a picture, sound or film"
+    ),
+    "zero_shot_image": "--file, a picture, and --label, once for each",
+    "zero_shot_audio": "--file, a sound, and --label, once for each",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +79,8 @@ def inputs_of(words: Words, kinds: Sequence[str]) -> list[Any]:
     if words.documents:
         return [_compared(words, kinds)]
     _need(bool(words.texts), "give a text, or --file", "TEXT")
-    _need("text" in kinds, f"this task takes {', '.join(kinds)}; a text alone is none of them", "TEXT")
+    missing = next((_BESIDE_TEXT[kind] for kind in kinds if kind in _BESIDE_TEXT), _LINES)
+    _need("text" in kinds, f"a text alone is not enough for this task; give {missing}", "TEXT")
     return list(words.texts)
 
 
