@@ -113,7 +113,7 @@ class PageWord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class DocumentQuestionInput(_Item, frozen=True, tag="document_question"):
-    """``image`` None: only the words; no ``words``: the service's own OCR."""
+    """``image`` None: only the words; no ``words``: a model that reads the picture alone."""
 
     KIND: ClassVar[str] = "document_question"
     question: str

@@ -955,7 +955,9 @@ class ImageInput(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """An encoded PNG, JPEG, WebP, BMP or GIF (first frame), told apart by its first bytes; at most 15 MiB and 64 megapixels."""
+    """An encoded PNG, JPEG, WebP, BMP or GIF (first frame), told apart by its first bytes; at most 15 MiB and 64 megapixels
+    (mask-generation 16, image-to-image 2).
+    """
     def __init__(
         self,
         *,
@@ -1082,8 +1084,8 @@ class DocumentQuestionInput(_message.Message):
 
     @_builtins.property
     def words(self) -> _containers.RepeatedCompositeFieldContainer[Global___PageWord]:
-        """The page's words as an OCR engine read them, in reading order. Empty: the service's own OCR, which is
-        FAILED_PRECONDITION (MISSING_DEPENDENCY) where it has none.
+        """The page's words as an OCR engine read them, in reading order. Empty only for models that read the picture alone: the service has
+        no OCR of its own and answers MISSING_DEPENDENCY for this input.
         """
 
     def __init__(
