@@ -1503,11 +1503,11 @@ class TaskResult(_message.Message):
 
     @_builtins.property
     def image(self) -> Global___EncodedImage:
-        """A picture: image-to-image, any-to-any."""
+        """A picture: image-to-image."""
 
     @_builtins.property
     def audio(self) -> Global___AudioResult:
-        """A sound: text-to-audio, any-to-any."""
+        """A sound: text-to-audio."""
 
     @_builtins.property
     def decision(self) -> Global___DecisionResult:
