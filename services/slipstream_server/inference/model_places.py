@@ -73,7 +73,8 @@ def _in_a_root(source: str, roots: tuple[Path, ...]) -> Place:
     for root in roots:
         # Joined with a whole path, the root itself drops out; what counts is where it ends up.
         path = (root / source).resolve()
-        if path.is_relative_to(root.resolve()) and path != root.resolve() and path.exists():
+        is_within = path.is_relative_to(root.resolve()) and path != root.resolve()
+        if is_within and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
             return Place(source=str(path.relative_to(root.resolve())), locator=str(path))
     if source.startswith("/"):
         raise PermissionDenied("source: a local path outside the folders that this server allows for models")

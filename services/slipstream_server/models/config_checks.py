@@ -85,6 +85,9 @@ def check_sizes(values: Mapping[str, Any], path: str) -> None:
         for width, heads in _CUT:
             _require_multiple(values, width, heads, path)
     _require_multiple(values, "num_attention_heads", "num_key_value_heads", path)
+    rows, padding = values.get("vocab_size"), values.get("pad_token_id")
+    if isinstance(rows, int) and isinstance(padding, int) and not -rows <= padding < rows:
+        raise InvalidField.of(f"{path}.pad_token_id", f"{padding} is no token of a vocabulary of {rows}")
     for key, part in values.items():
         if key.endswith("_config") and isinstance(part, Mapping):
             check_sizes(part, f"{path}.{key}")

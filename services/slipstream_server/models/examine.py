@@ -34,6 +34,8 @@ _MAX_DEPTH = 6
 _DROPPED = ("_name_or_path", "transformers_version", "quantization_config", "torch_dtype", "dtype")
 # Written by older tools into configurations of every kind.
 _TOLERATED = frozenset({"torch_dtype", "_name_or_path", "transformers_version", "gradient_checkpointing"})
+# Said by a field of its own in the request.
+_CHOSEN_ELSEWHERE = {"architectures": "auto_class", "torch_dtype": "data_type", "dtype": "data_type"}
 _NAMED_FIELD = re.compile(r"Validation error for field '(\w{1,80})'")
 _MAX_LABELS = 100_000
 _DERIVED = {
@@ -49,12 +51,13 @@ def examine(request: Mapping[str, Any]) -> dict[str, Any]:
     kind = _class_of(base.get("model_type"))
     if request["is_whole"]:
         _check_keys(kind, base, "config")
-    _check_keys(kind, overrides, "config_overrides")
+    _check_overrides(kind, overrides)
     place = "config" if request["is_whole"] and not overrides else "config_overrides"
     values = _typed(kind, _laid_over(kind, _without(base, _DROPPED), overrides))
     check_sizes(_with_defaults(kind, values), place)
     _check_activations(kind, values, place)
     config = _built(kind, values, place)
+    _check_rotation(config, place)
     architecture = _architecture(config, base, request["auto_class"])
     config.architectures = [architecture]
     return {
@@ -73,6 +76,12 @@ def _class_of(model_type: Any) -> Any:
             f"{_nearest(str(model_type), CONFIG_MAPPING_NAMES)}",
         )
     return CONFIG_MAPPING[model_type]
+
+
+def _check_overrides(kind: Any, overrides: Mapping[str, Any]) -> None:
+    for key in _CHOSEN_ELSEWHERE.keys() & overrides.keys():
+        raise InvalidField.of(f"config_overrides.{key}", f"is chosen by the field {_CHOSEN_ELSEWHERE[key]}")
+    _check_keys(kind, overrides, "config_overrides")
 
 
 def _check_keys(kind: Any, values: Mapping[str, Any], path: str, depth: int = _MAX_DEPTH) -> None:
@@ -176,6 +185,16 @@ def _check_activations(kind: Any, values: Mapping[str, Any], path: str, depth: i
             part = _part_class(parts[key], value)
             if part is not None:
                 _check_activations(part, value, f"{path}.{key}", depth - 1)
+
+
+def _check_rotation(config: Any, path: str) -> None:
+    """The kind of rotary positions must be one that transformers has; it takes any, and fails to build the model."""
+    rotation = getattr(config, "rope_parameters", None)
+    parts = [rotation, *rotation.values()] if isinstance(rotation, dict) else []
+    for part in parts:
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind is not None and not hasattr(config, f"_validate_{kind}_rope_parameters"):
+            raise InvalidField.of(f"{path}.rope_parameters", f"{str(kind)[:60]!a} is no rope_type of transformers")
 
 
 @cache

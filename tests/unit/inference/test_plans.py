@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.unit.inference.conftest import llama_facts
 
-from slipstream_server.errors import InvalidField, UnsupportedField
+from slipstream_server.errors import InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
@@ -116,6 +116,19 @@ def test_a_clients_revision_goes_with_a_hub_id_only(tmp_path: Path) -> None:
     for source, revision in (("smollm2-135m-instruct", "main"), ("org/name", "../x"), ("org/name@main", "")):
         with pytest.raises(InvalidField):
             client_place(source, revision, (tmp_path,))
+
+
+def test_in_a_root_only_folders_and_gguf_files_are_models(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    for name in ("tiny.gguf", "notes.txt", "tiny/config.json"):
+        (tmp_path / name).write_text("{}")
+    assert client_place("tiny", "", (tmp_path,)).locator == str(tmp_path / "tiny")
+    assert client_place("tiny.gguf", "", (tmp_path,)).source == "tiny.gguf"
+    with pytest.raises(ModelNotFound):
+        client_place("notes.txt", "", (tmp_path,))
+    for path in (tmp_path / "tiny" / "config.json", tmp_path):
+        with pytest.raises(PermissionDenied):
+            client_place(str(path), "", (tmp_path,))
 
 
 @pytest.mark.parametrize(

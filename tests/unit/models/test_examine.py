@@ -67,6 +67,11 @@ def test_an_activation_function_must_be_one_that_transformers_has() -> None:
         assert refused.value.violations[0].field == f"config_overrides.{place}"
 
 
+def test_rotations_that_transformers_has_are_taken() -> None:
+    found = examined({"rope_scaling": {"rope_type": "linear", "factor": 2.0}})["config"]
+    assert (found["rope_parameters"]["rope_type"], found["rope_parameters"]["factor"]) == ("linear", 2.0)
+
+
 def test_a_number_of_labels_names_them() -> None:
     found = examined({"num_labels": 3.0}, auto_class="AutoModelForSequenceClassification")
     assert found["architecture"] == "LlamaForSequenceClassification"
@@ -91,6 +96,10 @@ def test_heads_of_a_width_of_their_own_need_no_divisible_hidden_size() -> None:
         ({"vocab_size": 2.0**63}, "vocab_size", "from 1 to"),
         ({"num_labels": 0}, "num_labels", "from 1 to"),
         ({"model_type": "gpt2"}, "model_type", "cannot be changed"),
+        ({"architectures": ["LlamaModel"]}, "architectures", "by the field auto_class"),
+        ({"torch_dtype": "float99"}, "torch_dtype", "by the field data_type"),
+        ({"pad_token_id": 1e9}, "pad_token_id", "1000000000 is no token of a vocabulary of"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_parameters", "'spiral' is no rope_type"),
     ],
 )
 def test_an_override_that_cannot_be_is_named(overrides: dict[str, Any], place: str, words: str) -> None:
