@@ -6,7 +6,6 @@ transformers. Reading blocks on the disk for milliseconds; any thread.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,8 +17,7 @@ from slipstream_server.errors import CorruptArtifact
 from slipstream_server.models.folder import FAST_TOKENIZER, check_model_folder, is_generative, read_json_if_present
 from slipstream_server.models.parameters import ParameterCount, count_parameters_of
 from slipstream_server.models.safetensors_header import TensorEntry, read_header
-
-_MAX_COUNT = 2**53
+from slipstream_server.models.untrusted_values import UntrustedValues
 
 _CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length",
@@ -34,27 +32,18 @@ _INNER_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "encoder_ffn_d
 _DECODER_TYPES = frozenset(
     {
         "bloom", "codegen", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "falcon", "gemma", "gemma2",
-        "gemma3_text", "glm",
-        "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "llama", "llama4_text", "mamba",
-        "mamba2",
-        "mistral", "mixtral", "mpt", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
-        "smollm3",
-        "stablelm", "starcoder2",
+        "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "llama",
+        "llama4_text", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "olmo2", "opt", "phi", "phi3", "qwen2",
+        "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2",
     }
 )  # fmt: skip
 # These count positions from pad_token_id + 1, so that the table holds that many fewer than it has rows.
 _OFFSET_POSITION_TYPES = frozenset(
     {
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "mpnet",
-        "longformer",
-        "roberta-prelayernorm",
-        "data2vec-text",
+        "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
+        "roberta-prelayernorm", "data2vec-text",
     }
-)
+)  # fmt: skip
 
 _OUTPUT_TABLES = ("lm_head.weight", "embed_out.weight", "output_projection.weight")
 # Stored beside the parameters by older checkpoints: position ids and masks.
@@ -164,9 +153,9 @@ def facts_of_config(config: Mapping[str, Any], generation: Mapping[str, Any] | N
     """The facts of a configuration without weights: sizes of zero, and the dtype the configuration names (float32 if
     none).
     """
-    reader = _Reader(config)
-    text = _Reader({**config, **_text_config(config)})
-    generation_reader = _Reader(generation or {}, file="generation_config.json")
+    reader = UntrustedValues(config)
+    text = UntrustedValues({**config, **_text_config(config)})
+    generation_reader = UntrustedValues(generation or {}, file="generation_config.json")
     heads = text.count(*_HEAD_KEYS, "decoder_attention_heads")
     hidden = text.count(*_HIDDEN_KEYS)
     key_dim, value_dim = _head_dims(text, hidden, heads)
@@ -206,59 +195,6 @@ def facts_of_config(config: Mapping[str, Any], generation: Mapping[str, Any] | N
     )
 
 
-class _Reader:
-    """Typed access to a JSON object whose values are not to be trusted."""
-
-    def __init__(self, values: Mapping[str, Any], file: str = "config.json") -> None:
-        self.values = values
-        self._file = file
-
-    def text(self, key: str) -> str:
-        value = self.values.get(key, "")
-        if not isinstance(value, str) or len(value) > 200:
-            raise self._bad(key, "a short text")
-        return value
-
-    def count(self, *keys: str) -> int | None:
-        """The first of ``keys`` that is set; a count of at least 0."""
-        for key in keys:
-            value = self.values.get(key)
-            if isinstance(value, list) and all(type(each) is int and 0 <= each <= _MAX_COUNT for each in value):
-                continue  # one for each stage, as vision models have it
-            if value is not None:
-                if isinstance(value, float) and value.is_integer():
-                    value = int(value)
-                if type(value) is not int or not 0 <= value <= _MAX_COUNT:
-                    raise self._bad(key, "a count")
-                return value
-        return None
-
-    def number(self, key: str) -> float | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self._bad(key, "a finite number")
-        return float(value)
-
-    def flag(self, key: str) -> bool | None:
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise self._bad(key, "true or false")
-        return value
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One id or a list of them; negative ids, by which some configurations say "none", are left out."""
-        value = self.values.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if len(ids) > 1024 or any(type(item) is not int or item > _MAX_COUNT for item in ids):
-            raise self._bad(key, "token ids")
-        return tuple(item for item in ids if item >= 0)
-
-    def _bad(self, key: str, expected: str) -> CorruptArtifact:
-        return CorruptArtifact(f"{self._file}: {key} is {str(self.values.get(key))[:60]!r}, which is not {expected}")
-
-
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else {}
@@ -273,7 +209,7 @@ def _family(config: Mapping[str, Any]) -> Family:
     return Family.ENCODER
 
 
-def _context_tokens(text: _Reader) -> int | None:
+def _context_tokens(text: UntrustedValues) -> int | None:
     tokens = text.count(*_CONTEXT_KEYS)
     if tokens is None or text.values.get("model_type") not in _OFFSET_POSITION_TYPES:
         return tokens or None
@@ -287,18 +223,18 @@ def _ties_embeddings(config: Mapping[str, Any]) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _sliding_window(text: _Reader) -> int | None:
+def _sliding_window(text: UntrustedValues) -> int | None:
     if text.values.get("use_sliding_window") is False:
         return None
     return text.count("sliding_window") or None
 
 
-def _num_layers(text: _Reader, is_encoder_decoder: bool) -> int | None:
+def _num_layers(text: UntrustedValues, is_encoder_decoder: bool) -> int | None:
     decoder = ("num_decoder_layers", "decoder_layers") if is_encoder_decoder else ()
     return text.count(*decoder, *_LAYER_KEYS)
 
 
-def _num_sliding_layers(text: _Reader, layers: int | None, window: int | None) -> int:
+def _num_sliding_layers(text: UntrustedValues, layers: int | None, window: int | None) -> int:
     if window is None or layers is None:
         return 0
     kinds = text.values.get("layer_types")
@@ -310,13 +246,13 @@ def _num_sliding_layers(text: _Reader, layers: int | None, window: int | None) -
     return layers - layers // pattern if pattern else layers
 
 
-def _num_kv_heads(text: _Reader, heads: int | None) -> int | None:
+def _num_kv_heads(text: UntrustedValues, heads: int | None) -> int | None:
     if text.values.get("multi_query") is True and not text.values.get("new_decoder_architecture"):
         return 1
     return text.count("num_key_value_heads", "num_kv_heads") or heads
 
 
-def _head_dims(text: _Reader, hidden: int | None, heads: int | None) -> tuple[int | None, int | None]:
+def _head_dims(text: UntrustedValues, hidden: int | None, heads: int | None) -> tuple[int | None, int | None]:
     """Width of one head's keys and values; they differ in multi-head latent attention, which caches them expanded."""
     if text.values.get("kv_lora_rank") is not None:
         key_dim = (text.count("qk_nope_head_dim") or 0) + (text.count("qk_rope_head_dim") or 0)
@@ -360,7 +296,7 @@ def _quantization_method(config: Mapping[str, Any]) -> str | None:
     return str(stored.get("quant_method") or ("bitsandbytes" if is_plain else "unknown"))
 
 
-def _first_token_id(key: str, *readers: _Reader) -> int | None:
+def _first_token_id(key: str, *readers: UntrustedValues) -> int | None:
     return next((ids[0] for reader in readers if (ids := reader.token_ids(key))), None)
 
 
@@ -370,7 +306,7 @@ _TOKEN_KEYS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id"})
 _NOT_GENERATION = frozenset({"transformers_version", "_from_model_config", "use_cache"})
 
 
-def _generation_defaults(reader: _Reader) -> GenerationDefaults:
+def _generation_defaults(reader: UntrustedValues) -> GenerationDefaults:
     known: dict[str, Any] = {}
     for item in fields(GenerationDefaults):
         if item.name in _FLAGS:
