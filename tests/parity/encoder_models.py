@@ -58,7 +58,7 @@ def write_model(kind: str, folder: Path) -> Path:
     import transformers
 
     is_bert = kind.startswith("bert")
-    backend = _wordpiece() if is_bert else _byte_level()
+    backend = _wordpiece() if is_bert else byte_level()
     if is_bert:
         names = dict(
             zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), BERT_SPECIALS, strict=True)
@@ -112,7 +112,8 @@ def _wordpiece() -> Tokenizer:
     return backend
 
 
-def _byte_level() -> Tokenizer:
+def byte_level() -> Tokenizer:
+    """Words of the sentences above are whole tokens where they follow a space; else bytes."""
     vocab = {token: number for number, token in enumerate(BPE_SPECIALS[:4])}
     for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[letter] = len(vocab)

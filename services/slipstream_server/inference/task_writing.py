@@ -105,7 +105,7 @@ class WriterRun(TaskRun):
                     case FinishedEvent():
                         self.prompt_tokens += event.prompt_tokens
                         self.completion_tokens += event.completion_tokens
-        before = self._shape.prefix + text if self._parameters.get("return_full_text") else ""
+        before = text if self._parameters.get("return_full_text") else ""
         return GeneratedTextResult([self._text(before, parts[index]) for index in sorted(parts)])
 
     def _text(self, before: str, deltas: list[DeltaEvent]) -> GeneratedText:

@@ -85,6 +85,28 @@ def test_min_new_tokens_and_stop_tokens_with_beams() -> None:
     assert plain[1] not in answer.tokens[0][:4]
 
 
+def test_a_length_penalty_that_leaves_no_scores_is_an_error_and_its_neighbours_are_answered() -> None:
+    model = tiny_model("llama")
+    asked = prompts([5, 6, 7])
+    penalties = (-1.0, -10.0, 1.0)
+    answers = Bench(model).run(
+        *[
+            request(prompt, 12, beams=Beams(num_beams=4, length_penalty=penalty), num_return_sequences=2)
+            for prompt, penalty in zip(asked, penalties, strict=True)
+        ]
+    )
+    failure = answers[1].failure
+    assert failure is not None
+    assert failure.reason == "INVALID_FIELD"
+    for prompt, penalty, answer in zip(asked, penalties, answers, strict=True):
+        if answer.failure is None:
+            expected = beams_alone(
+                model, prompt, num_beams=4, max_new_tokens=12, length_penalty=penalty, num_return_sequences=2
+            )
+            assert [answer.tokens[0], answer.tokens[1]] == expected
+    assert sum(answer.failure is None for answer in answers) == 2
+
+
 def test_searches_of_different_settings_and_plain_requests_are_all_answered() -> None:
     model = tiny_model("llama")
     first, second = prompts([5, 6])

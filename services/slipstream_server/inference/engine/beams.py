@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from slipstream_server.errors import InvalidField
 from slipstream_server.inference.engine.core import Generation
 from slipstream_server.inference.engine.passes import Traits, padded
 from slipstream_server.inference.generation import GenerationRequest
@@ -22,7 +23,7 @@ def beam_key(request: GenerationRequest) -> Hashable:
     """Equal for requests that one call of ``generate`` serves: it takes these once for all rows.
 
     Steps that look back at the prompt would see the padding of shorter ones: with them, only prompts of one length
-    share.
+    share. Searches that may fail, see ``_check_whole``, are each alone.
     """
     sampling, stopping, beams = request.sampling, request.stopping, request.beams
     looks_back = sampling.repetition_penalty != 1.0 or sampling.no_repeat_ngram_size > 0
@@ -32,11 +33,15 @@ def beam_key(request: GenerationRequest) -> Hashable:
         (sampling.repetition_penalty, sampling.no_repeat_ngram_size, tuple(sorted(sampling.logit_bias.items()))),
         len(request.prompt_token_ids) if looks_back else None,
         request.forced_first_token_id,
+        request.id if beams.length_penalty < 0 else None,
     )
 
 
 def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[], None]) -> list[list[list[int]]]:
-    """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``."""
+    """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``.
+
+    Raises InvalidField where the settings leave a search without an answer.
+    """
     requests = [generation.request for generation in generations]
     prompts = [np.array(request.prompt_token_ids, dtype=np.int64) for request in requests]
     tokens_PT, mask_PT = padded(prompts, traits.pad_token_id, left=not traits.is_encoder_decoder)
@@ -48,7 +53,24 @@ def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[],
     )
     num_context = 1 if traits.is_encoder_decoder else tokens_PT.shape[1]
     answers = iter(found[:, num_context:].tolist())
-    return [[_until_end(next(answers), request) for _ in range(request.num_return_sequences)] for request in requests]
+    ended = [[_until_end(next(answers), request) for _ in range(request.num_return_sequences)] for request in requests]
+    for generation, texts in zip(generations, ended, strict=True):
+        if not generation.is_over:
+            _check_whole(texts, generation.request, traits.pad_token_id)
+    return ended
+
+
+def _check_whole(answers: Sequence[list[int]], request: GenerationRequest, pad_token_id: int) -> None:
+    """Transformers 5.23 gives a beam that has not ended the score -1e9. A length penalty far below 0 gives worse ones
+    to those that have, and what comes back is a beam that was never gone on with.
+    """
+    penalty = request.beams.length_penalty
+    ends = {*request.stopping.eos_token_ids, *request.stopping.stop_token_ids}
+    for tokens in answers:
+        is_ended = bool(tokens) and tokens[-1] in ends
+        is_full = len(tokens) >= request.stopping.max_new_tokens and tokens[-1] != pad_token_id
+        if penalty < 0 and not is_ended and not is_full:
+            raise InvalidField.of("beam.length_penalty", f"{penalty:g} leaves no answer with a score; go nearer to 0")
 
 
 class _Unwanted(StoppingCriteria):  # type: ignore[misc]

@@ -323,6 +323,59 @@ def test_text_to_audio(made: Any) -> None:
     assert again == result
 
 
+@pytest.mark.parametrize("parameters", [{"max_new_tokens": 8}, {"max_new_tokens": 8, "do_sample": True, "top_k": 5}])
+def test_text_to_audio_by_tokens(made: Any, parameters: dict[str, Any]) -> None:
+    model, folder = made(tiny.musicgen)
+    runner = media_runner("text-to-audio", model, folder, torch.device("cpu"))
+    [result], _ = batched(runner, [items.TextInput(text="a dog bark")], {**parameters, "seed": 7})
+    pipe = plain("text-to-audio", model, folder, "tokenizer")
+    torch.manual_seed(7)
+    expected = pipe("a dog bark", generate_kwargs=parameters)
+    assert (result.sampling_rate_hz, result.num_channels) == (expected["sampling_rate"], 1)
+    assert np.abs(np.frombuffer(result.data, "<f4") - expected["audio"].ravel()).max() < 1e-4
+
+
+def test_a_model_that_speaks_at_once_has_no_tokens_to_draw(made: Any) -> None:
+    runner = media_runner("text-to-audio", *made(tiny.vits), torch.device("cpu"))
+    for parameters in ({"max_new_tokens": 8}, {"do_sample": True}):
+        with pytest.raises(InvalidField, match=f"parameters.{next(iter(parameters))}"):
+            runner.prepare(items.TextInput(text="hello"), parameters)
+
+
+@pytest.mark.parametrize("task", ["image-text-to-text", "any-to-any"])
+@pytest.mark.parametrize(
+    ("parameters", "field"),
+    [
+        ({"temperature": 0.5}, "temperature"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"max_new_tokens": 1000}, "max_new_tokens"),
+    ],
+)
+def test_what_writing_cannot_honour(made: Any, task: str, parameters: dict[str, Any], field: str) -> None:
+    runner = media_runner(task, *made(tiny.llava), torch.device("cpu"))
+    message = items.MultimodalInput(parts=(items.TextInput(text="what color"),))
+    with pytest.raises(InvalidField, match=f"parameters.{field}"):
+        runner.prepare(message, parameters)
+
+
+@pytest.mark.parametrize(
+    ("task", "maker"),
+    [
+        ("image-text-to-text", tiny.vit_gpt2),
+        ("image-text-to-text", tiny.llava),
+        ("visual-question-answering", tiny.blip_questions),
+    ],
+)
+def test_texts_end_where_the_models_positions_do(made: Any, task: str, maker: tiny.Maker) -> None:
+    """Their decoders have fewer places than the 256 tokens that are the default."""
+    runner = media_runner(task, *made(maker), torch.device("cpu"))
+    given: Any = items.ImageInput(data=tiny.png(1))
+    if task == "visual-question-answering":
+        given = items.VisualQuestionInput(image=given.data, question="what is this")
+    [result], _ = batched(runner, [given], {})
+    assert result is not None
+
+
 def test_video_classification(made: Any, tmp_path: Path) -> None:
     model, folder = made(tiny.videomae)
     runner = media_runner("video-classification", model, folder, torch.device("cpu"))
