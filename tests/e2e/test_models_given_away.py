@@ -86,20 +86,20 @@ async def resident_bytes_of_imports() -> int:
 
 
 async def test_the_estimate_is_what_the_worker_holds(served: Served) -> None:
-    """The resident memory of the worker after it has answered, beyond its imports; the cache as far as it was used."""
+    """The resident memory of the worker after it has answered; of the cache, what was used."""
     estimate = await served.models.EstimateModelMemory(pb2.EstimateModelMemoryRequest(source=SMOLLM2))
     await inference_stub(served.channel).Generate(generate_request("The capital of France is", 32))
     model = await served.models.GetModel(pb2.GetModelRequest(name=SMOLLM2))
     assert model.parameter_count == estimate.parameter_count == 134_515_008
     assert estimate.weights_bytes == 4 * 134_515_008
     (worker,) = served.running.workers()
-    base = await resident_bytes_of_imports()
-    held = worker.memory_info().rss - base
+    held = worker.memory_info().rss
     unused = estimate.kv_cache_bytes - 48 * estimate.kv_cache_bytes_per_token
-    expected = estimate.total_bytes - unused - _PROCESS_BYTES
+    expected = estimate.total_bytes - unused
+    base = await resident_bytes_of_imports()
     print(json.dumps({"model": SMOLLM2, "expected": expected, "held": held, "imports": base}))
     assert 0.9 < expected / held < 1.1
-    # What is allowed for the process itself is a bound.
+    # What is allowed for the process itself is more than its imports: kernels are compiled in it.
     assert base < _PROCESS_BYTES
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from slipstream_server.errors import InvalidField, UnsupportedField
+from slipstream_server.errors import CorruptArtifact, InvalidField, UnsupportedField
 from slipstream_server.inference.engine.scheduler import BatchLimits
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for, kind
 from slipstream_server.inference.load_choice import BALANCED, QUANTIZATIONS, STORED_QUANTIZATIONS, LoadChoice
@@ -63,6 +63,8 @@ def plan_of(
         raise UnsupportedField.of("options.prefix_caching", f"the {engine} batcher keeps no prefixes")
     load = _load_options(prepared, choice, defaults)
     tasks = served_tasks(facts, load) if engine == TASKS else ()
+    if engine == TASKS and not tasks and not facts.architectures:
+        raise CorruptArtifact("config.json: architectures is missing: nothing tells what the model is for")
     if engine == TASKS and not tasks:
         raise UnsupportedField.of("name", f"a {kind(facts)} can do no task that this build knows")
     usual = _CONTINUOUS_BATCH if engine == CONTINUOUS else BatchLimits()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tests.unit.inference.conftest import llama_facts
 
-from slipstream_server.errors import InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
+from slipstream_server.errors import CorruptArtifact, InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
@@ -100,6 +100,12 @@ def test_the_engine_follows_the_model_unless_somebody_says_otherwise() -> None:
     with pytest.raises(UnsupportedField):
         engine_for(ENCODER, "padded", "auto")
     assert engine_for(ENCODER, "", "auto") == TASKS
+
+
+def test_a_configuration_without_architectures_says_what_is_missing() -> None:
+    facts = facts_of_config({"model_type": "llama", "vocab_size": 9})
+    with pytest.raises(CorruptArtifact, match="architectures is missing"):
+        planned(LoadChoice(), facts)
 
 
 def test_no_path_of_the_operator_is_shown(tmp_path: Path) -> None:
