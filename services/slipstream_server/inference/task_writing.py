@@ -9,6 +9,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from slipstream_server.errors import InternalError, InvalidRequest, SlipstreamError
@@ -62,7 +63,7 @@ class WriterRun(TaskRun):
         super().__init__(spec, model=model, adapter_version=adapter_version, metrics=metrics, on_leave=on_leave)
         self._adapter = adapter
         self._parameters = parameters
-        self._shape = shape
+        self._shape = shape if "encoder_decoder" in spec.families else _with_room(shape, settings, context_tokens)
         self._settings = settings
         self._context_tokens = context_tokens
         self._write_prompt = write_prompt
@@ -151,3 +152,10 @@ class WriterRun(TaskRun):
         if wanted is None or not settings.has_default_length:
             return wanted
         return max(1, min(wanted, self._context_tokens - used))
+
+
+def _with_room(shape: PromptShape, settings: GenerationSettings, context_tokens: int) -> PromptShape:
+    """The shape with prompts that are cut so far that the answer fits behind them, into the same context."""
+    asked = settings.max_new_tokens
+    room = context_tokens - (1 if asked is None or settings.has_default_length else asked)
+    return replace(shape, max_input_tokens=max(1, min(room, shape.max_input_tokens or room)))
