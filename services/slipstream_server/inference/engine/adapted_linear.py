@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from slipstream_server.inference.engine.adapter_files import Factors
+from slipstream_server.inference.engine.transfers import to_device
 
 BASE_SLOT = 0
 # A gathered copy of the factors per row pays for the rows of decoding; the many tokens of prompts go slot by slot.
@@ -34,7 +36,7 @@ class SlotIndex:
     def index(self, device: torch.device) -> torch.Tensor:
         """The slots as a tensor ``[R]`` on ``device``."""
         if device not in self._indices:
-            self._indices[device] = torch.tensor(self.slots, device=device)
+            self._indices[device] = to_device(np.array(self.slots), device)
         return self._indices[device]
 
     def members(self, device: torch.device) -> list[tuple[int, torch.Tensor]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from slipstream_server.errors import InternalError, InvalidField, SlipstreamError
@@ -19,7 +20,7 @@ from slipstream_server.inference.engine.constraints import Guide, Masks
 from slipstream_server.inference.engine.core import Row
 from slipstream_server.inference.engine.drawing import Sampler
 from slipstream_server.inference.engine.processors import HouseRules, Processors
-from slipstream_server.inference.engine.transfers import Arriving
+from slipstream_server.inference.engine.transfers import Arriving, to_device
 from slipstream_server.inference.generation import TopLogprobs
 
 NOT_NUMBERS = "the model's scores are not numbers"
@@ -94,8 +95,8 @@ class Chooser:
 
     def _apply_masks(self, scores_RV: torch.Tensor, masks: Masks) -> None:
         device = scores_RV.device
-        banned_GV = torch.from_numpy(masks.wait(scores_RV.shape[1])).to(device)
-        index_G = torch.tensor([index for index, _ in self._guided], device=device)
+        banned_GV = to_device(masks.wait(scores_RV.shape[1]), device)
+        index_G = to_device(np.array([index for index, _ in self._guided]), device)
         scores_RV[index_G] = scores_RV.index_select(0, index_G).masked_fill(banned_GV, -torch.inf)
         for index, guide in self._guided:
             if guide.is_complete and not bool(scores_RV[index].max().isfinite()):
@@ -104,12 +105,14 @@ class Chooser:
     def _logprobs_wanted(self, scores_RV: torch.Tensor) -> torch.Tensor | None:
         if not self._wanted:
             return None
-        index_W = torch.tensor([index for index, _ in self._wanted], device=scores_RV.device)
-        return scores_RV.index_select(0, index_W).float().log_softmax(dim=1)
+        return scores_RV.index_select(0, self._wanted_places(scores_RV.device)).float().log_softmax(dim=1)
 
     def _logprobs_of(self, raw_WV: torch.Tensor, tokens_R: torch.Tensor) -> TopOf:
-        rows = [index for index, _ in self._wanted]
-        return TopOf(raw_WV, tokens_R[rows], [number or 0 for _, number in self._wanted])
+        tokens_W = tokens_R.index_select(0, self._wanted_places(tokens_R.device))
+        return TopOf(raw_WV, tokens_W, [number or 0 for _, number in self._wanted])
+
+    def _wanted_places(self, device: torch.device) -> torch.Tensor:
+        return to_device(np.array([index for index, _ in self._wanted]), device)
 
 
 class Chosen:

@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from slipstream_server.inference.engine.core import Row
 from slipstream_server.inference.engine.draws import uniforms
+from slipstream_server.inference.engine.transfers import to_device
 
 _FIRST_GUESS = 256
 _GROWTH = 8
@@ -92,14 +94,14 @@ def _group(kind: str, picked: list[int], rows: Sequence[Row], device: torch.devi
     def column(values: list[float], neutral: float) -> torch.Tensor | None:
         if all(value == neutral for value in values):
             return None
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return to_device(np.array(values, dtype=np.float64), device)[:, None]
 
     return _Group(
         kind=kind,
         rows=mine,
-        index=torch.tensor(picked, device=device),
+        index=to_device(np.array(picked), device),
         temperature=column([s.temperature for s in samplings], 1.0),
-        top_k=torch.tensor([s.top_k for s in samplings], device=device)[:, None],
+        top_k=to_device(np.array([s.top_k for s in samplings]), device)[:, None],
         top_p=column([s.top_p for s in samplings], 1.0),
         min_p=column([s.min_p for s in samplings], 0.0),
         typical_p=column([s.typical_p for s in samplings], 1.0),
@@ -118,7 +120,7 @@ def _draw(scores_SV: torch.Tensor, group: _Group) -> torch.Tensor:
         [row.num_generated for row in group.rows],
     )
     total_S1 = mass_SN[:, -1:].contiguous()
-    target_S1 = torch.from_numpy(draws).to(mass_SN.device)[:, None] * total_S1
+    target_S1 = to_device(draws, mass_SN.device)[:, None] * total_S1
     # The product may round up to the total: the last token with any mass is then the answer.
     last_S1 = torch.searchsorted(mass_SN, total_S1)
     chosen_S1 = torch.minimum(torch.searchsorted(mass_SN, target_S1, right=True), last_S1)
@@ -130,7 +132,7 @@ def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, t
     if group.temperature is not None:
         scores_SV = scores_SV / group.temperature.to(scores_SV.dtype)
     if group.kind == "top_k":
-        values_SN, ids_SN = _most_likely(scores_SV, group.top_k)
+        values_SN, ids_SN = _most_likely(scores_SV, group)
         log_total_S1 = values_SN.logsumexp(dim=1, keepdim=True)
     elif group.kind == "top_p":
         values_SN, ids_SN, log_total_S1 = _nucleus(scores_SV, group)
@@ -147,13 +149,14 @@ def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, t
     return values_SN, ids_SN
 
 
-def _most_likely(scores_SV: torch.Tensor, top_k_S1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _most_likely(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's k best and whatever ties with the last of them, by falling score; the rest of the rectangle is
     -inf.
     """
     vocab_size = scores_SV.shape[1]
-    top_k_S1 = top_k_S1.clamp(max=vocab_size)
-    best_SK = scores_SV.topk(int(top_k_S1.max()), dim=1).values
+    most = min(vocab_size, max(row.request.sampling.top_k for row in group.rows))
+    best_SK = scores_SV.topk(most, dim=1).values
+    top_k_S1 = group.top_k.clamp(max=vocab_size)
     least_S1 = best_SK.gather(1, top_k_S1 - 1)
     num_kept = int((scores_SV >= least_S1).sum(dim=1).max())
     values_SN, ids_SN = scores_SV.topk(num_kept, dim=1)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from slipstream_server.inference.engine.core import Row, TokenArray
+from slipstream_server.inference.engine.transfers import to_device
 from slipstream_server.inference.generation import GenerationRequest, Sampling
 
 Picked = list[tuple[int, Row]]
@@ -78,9 +79,9 @@ class Pairs:
             return None
         device = scores_RV.device
         return (
-            torch.from_numpy(np.concatenate(self._rows)).to(device),
-            torch.from_numpy(np.concatenate(self._tokens)).to(device),
-            torch.from_numpy(np.concatenate(self._values)).to(device, scores_RV.dtype),
+            to_device(np.concatenate(self._rows), device),
+            to_device(np.concatenate(self._tokens), device),
+            to_device(np.concatenate(self._values), device).to(scores_RV.dtype),
         )
 
 
