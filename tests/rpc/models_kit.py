@@ -28,8 +28,8 @@ from slipstream_server.inference.budget import MemoryBudget
 from slipstream_server.inference.calls import GenerateCall, StoppingChoice, TextPrompt
 from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import AdapterResolver, FrontConfig, InferenceFront, ModelPlan
-from slipstream_server.inference.library import Library
 from slipstream_server.inference.model_loads import ModelLoads
+from slipstream_server.inference.model_records import Library
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.streams import GenerationStream

@@ -19,7 +19,7 @@ from tests.rpc.models_kit import (
 )
 
 from slipstream.inference.v1 import model_service_pb2 as pb2
-from slipstream_server.inference.library import NewModel
+from slipstream_server.inference.model_records import NewModel
 from slipstream_server.inference.plans import ServingDefaults
 
 Eventually = Callable[..., Awaitable[None]]

@@ -31,7 +31,7 @@ from slipstream_server.errors import (
     SlipstreamError,
     UnsupportedField,
 )
-from slipstream_server.inference.library import Library, NewModel, StoredModel
+from slipstream_server.inference.model_records import Library, NewModel, StoredModel
 from slipstream_server.models.architectures import ENDINGS
 from slipstream_server.models.cache import require_free_bytes, storage_errors
 from slipstream_server.models.config_checks import MAX_PARAMETERS, check_values, check_vocabulary, vocabulary_of

@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slipstream_server.errors import CorruptArtifact, UnsafeWeights
-from slipstream_server.inference.library import NewModel, StoredModel
 from slipstream_server.inference.model_places import check_local_folder
+from slipstream_server.inference.model_records import NewModel, StoredModel
 from slipstream_server.models.cache import ModelCache
 from slipstream_server.models.facts import ModelFacts, read_facts
 from slipstream_server.models.folder import check_model_folder

@@ -27,9 +27,9 @@ from slipstream_server.errors import (
 )
 from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import InferenceFront, ModelPlan
-from slipstream_server.inference.library import Library, NewModel, StoredModel
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
+from slipstream_server.inference.model_records import Library, NewModel, StoredModel
 from slipstream_server.inference.model_states import ModelStates, ModelView
 from slipstream_server.inference.plans import ServingDefaults, plan_of
 from slipstream_server.inference.room import DeviceRoom

@@ -14,7 +14,7 @@ from typing import Any
 from slipstream_server.errors import SlipstreamError
 from slipstream_server.inference.fetching import ModelFetcher, ModelFiles
 from slipstream_server.inference.front import InferenceFront, ModelPlan
-from slipstream_server.inference.library import Library, NewModel, StoredModel
+from slipstream_server.inference.model_records import Library, NewModel, StoredModel
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.inference.worker_errors import error_of

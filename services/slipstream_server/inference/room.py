@@ -15,7 +15,7 @@ from slipstream_server.errors import OutOfMemory, SlipstreamError
 from slipstream_server.inference.budget import Candidate, MemoryBudget
 from slipstream_server.inference.footprint import footprint
 from slipstream_server.inference.front import InferenceFront, ModelPlan
-from slipstream_server.inference.library import Library
+from slipstream_server.inference.model_records import Library
 from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.storage.device_ledger import gib
 

@@ -15,9 +15,9 @@ from slipstream_server.errors import InvalidField
 from slipstream_server.inference.engines import CONTINUOUS, PADDED
 from slipstream_server.inference.front import ModelPlan
 from slipstream_server.inference.generation import Ready
-from slipstream_server.inference.library import StoredModel
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_loads import LoadWish
+from slipstream_server.inference.model_records import StoredModel
 from slipstream_server.inference.model_states import ModelView
 from slipstream_server.inference.plans import held_quantization
 from slipstream_server.inference.supervisor import ModelState, ModelStatus

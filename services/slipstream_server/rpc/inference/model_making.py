@@ -19,7 +19,7 @@ from slipstream_server.errors import InvalidField, UnsupportedField, WrongState
 from slipstream_server.inference.creation import CreationPlan, CreationRequest, ModelCreation
 from slipstream_server.inference.exports import DEFAULT_SHARD_BYTES, ExportRequest, Exports, chunks_of
 from slipstream_server.inference.front import AdapterResolver
-from slipstream_server.inference.library import Library
+from slipstream_server.inference.model_records import Library
 from slipstream_server.models.facts import ModelFacts, read_facts
 from slipstream_server.models.tool_process import ToolProgress
 from slipstream_server.resource_names import ModelName, check_id

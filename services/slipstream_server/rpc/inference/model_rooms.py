@@ -8,8 +8,8 @@ from pathlib import Path
 from slipstream_server.inference.creation import ModelCreation
 from slipstream_server.inference.exports import Exports
 from slipstream_server.inference.front import AdapterResolver, InferenceFront
-from slipstream_server.inference.library import Library
 from slipstream_server.inference.memory_advice import MemoryAdviser
+from slipstream_server.inference.model_records import Library
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.models.configurations import Configurations

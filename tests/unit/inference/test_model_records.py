@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from slipstream_server.errors import ModelLoadFailed, ModelNotFound, RequestIdReused, ResourceExists, StaleEtag
-from slipstream_server.inference.library import Library, NewModel
 from slipstream_server.inference.load_choice import LoadChoice
+from slipstream_server.inference.model_records import Library, NewModel
 from slipstream_server.inference.tables import SCHEMA
 from slipstream_server.storage.database import Database, DatabaseConfig
 from slipstream_server.storage.migrations import drift, migrate
