@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,13 +75,14 @@ class _Payload:
 
 class PipelineRunner:
     """The ``Runner`` of a task that a pipeline does. The lock is there because fast tokenizers are not safe to share
-    between threads.
+    between threads; without one nobody waits while another's large picture is made smaller.
     """
 
     def __init__(self, pipeline: Any, steps: Steps) -> None:
         self._pipeline = pipeline
         self._steps = steps
-        self._lock = threading.Lock()
+        has_tokenizer = pipeline.tokenizer is not None or pipeline.processor is not None
+        self._lock: AbstractContextManager[Any] = threading.Lock() if has_tokenizer else nullcontext()
 
     def prepare(self, item: TaskInput, parameters: Parameters) -> Sequence[Piece]:
         own_input = self._steps.read(self._pipeline, item, parameters)
