@@ -22,7 +22,7 @@ from unit.tasks.media import tiny_media as tiny
 from unit.tasks.media.side_by_side import batched
 
 QUERY = "who lived near the harbour"
-DOCUMENTS = ("the old captain lived near the harbour", "a storm", "Marie Curie won two prizes", "a storm")
+DOCUMENTS = ("the old captain lived near the harbour", "a storm", "Marie Curie won two prizes", "hot light")
 
 
 def served(task: str, folder: Path) -> Any:

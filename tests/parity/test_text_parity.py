@@ -17,6 +17,7 @@ from tests.parity.encoder_models import MODELS, write_model
 from tests.parity.text_cases import cases
 from tests.unit.tasks.driving import answers
 
+from slipstream_server.inference.engine.side_by_side import SideBySide
 from slipstream_server.inference.engine.task_assembly import runners_for
 from slipstream_server.inference.engine.tasks import TaskEngine
 from slipstream_server.models.load_options import LoadOptions
@@ -42,12 +43,10 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 def ours(folder: Path, task_id: str, requests: list[TaskRequest]) -> dict[int, list[TaskResult]]:
-    import torch
-
     loaded = load_model(folder, LoadOptions(device="cpu", task=task_id))
     runners = runners_for([task_id], loaded, folder)
     limits = TaskLimits(max_batch_size=8, max_batch_tokens=512, max_queue_delay_ms=0)
-    engine = TaskEngine(runners, limits, inference=torch.inference_mode)
+    engine = TaskEngine(runners, limits, run=SideBySide().run)
     try:
         return answers(engine, requests)
     finally:
