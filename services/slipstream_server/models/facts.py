@@ -291,9 +291,10 @@ def _quantization_method(config: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(stored, dict):
         raise CorruptArtifact("config.json: quantization_config is no object")
-    # The first configurations of bitsandbytes named no method.
-    is_plain = stored.get("load_in_4bit") or stored.get("load_in_8bit")
-    return str(stored.get("quant_method") or ("bitsandbytes" if is_plain else "unknown"))
+    # bitsandbytes stores several kinds, and its first configurations named no method.
+    if stored.get("load_in_4bit"):
+        return "nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4"
+    return "int8" if stored.get("load_in_8bit") else str(stored.get("quant_method", "unknown"))
 
 
 def _first_token_id(key: str, *readers: UntrustedValues) -> int | None:

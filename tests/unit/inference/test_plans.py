@@ -11,7 +11,7 @@ from slipstream_server.errors import CorruptArtifact, InvalidField, ModelNotFoun
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
-from slipstream_server.inference.plans import ServingDefaults, plan_of
+from slipstream_server.inference.plans import ServingDefaults, held_quantization, plan_of
 from slipstream_server.inference.served_model import ModelPlan
 from slipstream_server.models.facts import ModelFacts, facts_of_config
 from slipstream_server.models.load_options import FourBitKind, Quantization
@@ -83,6 +83,23 @@ def test_stored_quantizations_are_what_they_are(method: str | None, asked: str, 
             planned(LoadChoice(quantization=asked), facts)
     else:
         assert planned(LoadChoice(quantization=asked), facts).worker.load.quantization is Quantization.NONE
+
+
+@pytest.mark.parametrize(
+    ("stored", "held"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
+        ({"load_in_4bit": True}, "fp4"),
+        ({"load_in_8bit": True, "load_in_4bit": False}, "int8"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "hqq"}, ""),
+        (None, "none"),
+    ],
+)
+def test_what_is_stored_quantized_is_shown_as_it_is_held(stored: dict[str, object] | None, held: str) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9}
+    plan = planned(LoadChoice(), facts_of_config({**config, "quantization_config": stored}))
+    assert held_quantization(plan) == held
 
 
 def test_the_engine_follows_the_model_unless_somebody_says_otherwise() -> None:
