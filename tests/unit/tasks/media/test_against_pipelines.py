@@ -173,6 +173,25 @@ def test_image_text_to_text_with_a_chat_template(made: Any, task: str) -> None:
     assert result.texts[0].finish_reason == ("eos_token" if 3 in result.texts[0].token_ids else "length")
 
 
+def test_a_message_with_a_sound(made: Any) -> None:
+    model, folder = made(tiny.qwen2_audio)
+    runner = media_runner("any-to-any", model, folder, torch.device("cpu"))
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    question = "what sound is this"
+    texts = []
+    for seed in (1, 2):
+        parts = (items.AudioInput(data=tiny.wav(tiny.tone(seed))), items.TextInput(text=question))
+        parameters = {"max_new_tokens": 6, "return_token_ids": True}
+        [result], _ = batched(runner, [items.MultimodalInput(parts=parts)], parameters)
+        prompt = f"<|audio_bos|><|AUDIO|><|audio_eos|> {question} answer"
+        inputs = processor(text=prompt, audio=tiny.tone(seed), sampling_rate=16000, return_tensors="pt")
+        written = model.generate(**inputs, max_new_tokens=6)[0, inputs["input_ids"].shape[1] :]
+        assert result.texts[0].token_ids == written.tolist()
+        texts.append(processor.decode(written, skip_special_tokens=True))
+        assert result.texts[0].text == texts[-1]
+    assert any(texts)
+
+
 def test_what_a_conversation_cannot_hold(made: Any) -> None:
     model, folder = made(tiny.llava)
     runner = media_runner("any-to-any", model, folder, torch.device("cpu"))

@@ -328,6 +328,31 @@ def llava(folder: Path) -> Any:
     return _made(folder, hf.LlavaForConditionalGeneration, config, processor)
 
 
+def qwen2_audio(folder: Path) -> Any:
+    marks = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
+    names = tokenizer(eos_token="[SEP]")
+    names.add_tokens(marks, special_tokens=True)
+    sound = hf.Qwen2AudioEncoderConfig(
+        num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16, d_model=16
+    )
+    text = hf.Qwen2Config(
+        **SMALL, num_key_value_heads=2, vocab_size=len(names), max_position_embeddings=256, bos_token_id=2,
+        eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    audio_id = names.convert_tokens_to_ids(marks[0])
+    config = hf.Qwen2AudioConfig(audio_config=sound, text_config=text, audio_token_index=audio_id)
+    template = (
+        "{% for m in messages %}{% for c in m.content %}"
+        "{% if c.type == 'audio' %}<|audio_bos|><|AUDIO|><|audio_eos|> {% else %}{{ c.text }} {% endif %}"
+        "{% endfor %}{% endfor %}answer"
+    )
+    processor = hf.Qwen2AudioProcessor(hf.WhisperFeatureExtractor(feature_size=16), names, chat_template=template)
+    model = _made(folder, hf.Qwen2AudioForConditionalGeneration, config, processor)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5:NUM_WORDS] *= 4  # else only marks are written
+    return model
+
+
 def wav2vec2_labels(folder: Path) -> Any:
     config = hf.Wav2Vec2Config(**_WAV2VEC2, **LABELS)
     return _made(folder, hf.Wav2Vec2ForSequenceClassification, config, hf.Wav2Vec2FeatureExtractor())
