@@ -29,6 +29,11 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
 
 
+def _spelt(number: float) -> str:
+    """A bound as people write it: 1048576, not 1.04858e+06."""
+    return f"{number:.0f}" if float(number).is_integer() else f"{number:g}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bounds:
     """What a setting may be: a range (both ends included), or one of ``choices``."""
@@ -41,10 +46,10 @@ class Bounds:
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.minimum is not None and self.maximum is not None:
-            return f"{self.minimum:g} to {self.maximum:g}"
+            return f"{_spelt(self.minimum)} to {_spelt(self.maximum)}"
         if self.minimum is not None:
-            return f"{self.minimum:g} or more"
-        return f"{self.maximum:g} or less" if self.maximum is not None else "any value"
+            return f"{_spelt(self.minimum)} or more"
+        return f"{_spelt(self.maximum)} or less" if self.maximum is not None else "any value"
 
     def allow(self, value: object) -> bool:
         """Whether ``value`` lies within; None (unset) always does."""

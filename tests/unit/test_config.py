@@ -89,6 +89,7 @@ def test_unknown_keys_are_errors_that_name_the_nearest(tmp_path: Path) -> None:
         ("common.insecure_listen", "maybe", "common.insecure_listen (flag): 'maybe' is not true or false"),
         ("common.log_format", "x", "common.log_format (flag): 'x' is not allowed; allowed: one of auto, json, text"),
         ("inference.memory_fraction", 1.5, "inference.memory_fraction (flag): 1.5 is not allowed; allowed: 0.01 to 1"),
+        ("inference.max_step_tokens", 0, "inference.max_step_tokens (flag): 0 is not allowed; allowed: 1 to 1048576"),
         ("inference.max_batch_size", 2.5, "inference.max_batch_size (flag): 2.5 is no whole number"),
         ("inference.max_batch_size", True, "inference.max_batch_size (flag): True is no whole number"),
         ("inference.models", 3, "inference.models (flag): 3 is no list"),
