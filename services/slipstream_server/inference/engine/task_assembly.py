@@ -16,6 +16,7 @@ import transformers
 
 from slipstream_server.errors import ModelLoadFailed
 from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
+from slipstream_server.inference.engine.side_by_side import SideBySide, run_together
 from slipstream_server.inference.engine.tasks import TaskEngine
 from slipstream_server.inference.generation import Ready
 from slipstream_server.inference.worker_config import WorkerConfig
@@ -59,12 +60,13 @@ def assemble_tasks(config: WorkerConfig, report: Report, wake: Callable[[], None
     report(0.9, "first pass")
     for task_id, runner in runners.items():
         _warm_up(task_id, runner)
+    is_text_on_cpu = loaded.device.type == "cpu" and TEXT_TASK_IDS.issuperset(config.tasks)
     engine = TaskEngine(
         runners,
         task_limits(config, loaded.device),
         wake=wake,
         counting_tasks=TEXT_TASK_IDS,
-        inference=torch.inference_mode,
+        run=SideBySide().run if is_text_on_cpu else run_together,
     )
     return engine, _ready(loaded, config, packed)
 

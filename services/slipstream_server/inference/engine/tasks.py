@@ -17,7 +17,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +77,7 @@ class TaskEngine:
     """Serves the tasks of ``runners``, by task id.
 
     ``wake`` is called from other threads when ``step`` has something to do. ``counting_tasks`` are those whose pieces
-    are measured in tokens, which TaskResults reports; ``inference`` gives the context in which models run.
+    are measured in tokens, which TaskResults reports; ``run`` runs a batch, as ``Runner.run`` does.
     """
 
     def __init__(
@@ -89,12 +88,12 @@ class TaskEngine:
         wake: Callable[[], None] = lambda: None,
         counting_tasks: frozenset[str] = frozenset(),
         num_side_threads: int = 2,
-        inference: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        run: Callable[[Runner, Sequence[Piece]], Sequence[Any]] = lambda runner, pieces: runner.run(pieces),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runners = dict(runners)
         self._counting_tasks = counting_tasks
-        self._inference = inference
+        self._run_batch = run
         self._clock = clock
         self._queue = PieceQueue(limits)
         self._company = Company()
@@ -228,8 +227,7 @@ class TaskEngine:
         self._outbox.totals.steps += 1
         self._outbox.totals.rows += len(batch)
         try:
-            with self._inference():
-                results = runner.run([work.piece for work in batch])
+            results = self._run_batch(runner, [work.piece for work in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results of {len(batch)} pieces")
         except Exception as error:
