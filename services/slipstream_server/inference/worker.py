@@ -74,6 +74,10 @@ class Worker:
             self._engine, ready = NullEngine(), null_facts()
         else:
             self._engine, ready = self._assemble(config)
+            if ready.device == "cpu" and config.engine != "tasks":
+                from slipstream_server.inference.engine.cores import bind_team
+
+                bind_team()
         self._channel.send([Loading(1.0, "ready"), ready])
         logger.info("worker ready: %s engine on %s, %s", config.engine, ready.device, ready.dtype)
 

@@ -26,6 +26,7 @@ from slipstream_server.errors import (
     UnsupportedField,
 )
 from slipstream_server.inference.engine.constraints import Grammars, Guide, content_key
+from slipstream_server.inference.engine.cores import go_anywhere
 from slipstream_server.inference.engine.faults import log_failure
 from slipstream_server.inference.engine.scheduler import has_expired
 from slipstream_server.inference.generation import Constraint, GenerationRequest
@@ -58,7 +59,7 @@ class Anteroom:
         self._grammars = grammars
         self._clock = clock
         self._limit_s = compile_limit_s
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="grammars")
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, "grammars", initializer=go_anywhere)
         self._compilations: dict[str, _Compilation] = {}
         self._waiting: dict[int, tuple[GenerationRequest, _Compilation]] = {}
         self._failed: list[tuple[int, SlipstreamError]] = []

@@ -30,6 +30,7 @@ import numpy.typing as npt
 from slipstream_server.errors import InvalidField, InvalidRequest, UnsupportedField
 from slipstream_server.inference.constraint_rules import check_constraint, parse_schema
 from slipstream_server.inference.detokenizer import DetokenizerFactory
+from slipstream_server.inference.engine.cores import go_anywhere
 from slipstream_server.inference.generation import Constraint, GenerationRequest
 from slipstream_server.models.tokenizer import TextTokenizer
 
@@ -286,7 +287,7 @@ class Masks:
     the next one's are touched.
     """
 
-    _thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+    _thread = ThreadPoolExecutor(1, "masks", initializer=go_anywhere)
 
     def __init__(self, guides: Sequence[Guide]) -> None:
         self._guides = guides
