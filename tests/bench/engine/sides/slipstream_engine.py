@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.bench.engine.requests import Answer, Request
 from tests.bench.engine.sides.loop import run_in_steps, serve
 
 from slipstream_server.inference.engine.assembly import assemble
+from slipstream_server.inference.engine.cores import bind_team
 from slipstream_server.inference.generation import Admitted, Failed, GenerationRequest, Sampling, Stopping, Tokens
 from slipstream_server.inference.worker_config import WorkerConfig, decode_config
 
@@ -32,7 +34,12 @@ class EngineSide:
     streams = True
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self._engine, self._ready = assemble(_config(arguments), _ignore, lambda: None)
+        # As a worker does: another thread loads, so that the one that computes can be bound with its team.
+        with ThreadPoolExecutor(1) as background:
+            loading = background.submit(assemble, _config(arguments), _ignore, lambda: None)
+            self._engine, self._ready = loading.result()
+        if self._ready.device == "cpu":
+            bind_team()
         self._ids = itertools.count(1)
 
     def facts(self) -> dict[str, Any]:
