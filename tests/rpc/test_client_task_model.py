@@ -12,14 +12,15 @@ from slipstream_client.cli import task_model
 from slipstream_client.cli.task_model import with_model
 from slipstream_client.errors import UnavailableError
 from slipstream_server.models.cache import ModelCache
+from slipstream_server.models.preparation import sentiment_recipe
 
 HERE, ON_A_HUB = "minilm-sentiment", "distilbert-sst2"
 
 
 def make_local(service: ModelService, name: str) -> None:
-    """As if it had been pulled."""
+    """As if it had been pulled and made by today's recipe."""
     made = folder(service.root.parent / "pulled", name)
-    pointer = {"folder": str(made), "source": "pypi", "revision": "1", "note": ""}
+    pointer = {"folder": str(made), "source": "pypi", "revision": "1", "note": "", "recipe": sentiment_recipe()}
     ModelCache(service.root.parent / "cache").remember(name, pointer)
 
 
