@@ -181,7 +181,7 @@ async def test_a_reader_that_stops_reading_slows_nobody_in_its_batch(
     tmp_path: Path, tiny_model: Path, assert_eventually: Eventually
 ) -> None:
     closed_window = (("grpc.http2.lookahead_bytes", 65_535), ("grpc.http2.bdp_probe", 0))
-    flags = inference_flags(tiny_model, "--write-timeout-s", "120", "--max-stream-buffer-bytes", str(1 << 16))
+    flags = inference_flags(tiny_model, "--write-timeout-s", "120")
     async with (
         service("inference", tmp_path, *flags) as inference,
         grpc.aio.insecure_channel(inference.address, options=closed_window) as slow,
