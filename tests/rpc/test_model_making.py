@@ -136,7 +136,7 @@ async def test_a_model_is_made_from_another_ones_configuration_with_overrides(se
     overrides = {"num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 2}
     model = await made(service, creation("small", overrides, seed=11))
     assert (model.state, model.architecture, model.base_model) == (MODEL.STATE_UNLOADED, "LlamaForCausalLM", "base")
-    place = service.loads.library.get("small").known_folder
+    place = service.loads.model_records.get("small").known_folder
     assert place is not None
     config = AutoConfig.from_pretrained(place)
     assert (config.num_hidden_layers, config.num_attention_heads, config.head_dim) == (1, 8, 8)
@@ -151,7 +151,7 @@ async def test_a_model_is_made_from_another_ones_configuration_with_overrides(se
 @pytest.mark.slow
 async def test_a_made_model_can_be_loaded_and_deleted(service: ModelService) -> None:
     await made(service, creation("passing"))
-    place = service.loads.library.get("passing").known_folder
+    place = service.loads.model_records.get("passing").known_folder
     assert (await service.loaded("passing")).state == MODEL.STATE_READY
     await service.unload("passing")
     await service.reached("passing", MODEL.STATE_UNLOADED)
@@ -165,7 +165,7 @@ async def test_a_model_is_made_from_a_whole_configuration(service: ModelService)
     fields = {"config": struct(TINY), "tokenizer_source": "base", "data_type": precision_pb2.DATA_TYPE_BFLOAT16}
     model = await made(service, creation("inline", **fields))
     assert model.state == MODEL.STATE_UNLOADED, model.error
-    place = service.loads.library.get("inline").known_folder
+    place = service.loads.model_records.get("inline").known_folder
     assert place is not None
     assert json.loads((place / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -303,7 +303,7 @@ async def test_an_export_is_cast_and_cut_into_shards(service: ModelService, tmp_
     weights = [file for file in header.files if file.path.endswith(".safetensors")]
     assert len(weights) >= 2
     assert "model.safetensors.index.json" in {file.path for file in header.files}
-    source = service.loads.library.get("large").known_folder
+    source = service.loads.model_records.get("large").known_folder
     assert source is not None
     assert torch.equal(logits(place), logits(source, dtype=torch.bfloat16))
     assert not list((service.root.parent / "exports").iterdir())

@@ -185,7 +185,7 @@ async def test_files_that_the_service_made_go_with_their_model_and_no_others(tmp
     async with model_service(tmp_path) as service:
         made, foreign = folder(tmp_path / "own", "made"), folder(tmp_path, "foreign")
         for name, place in (("made", made), ("liar", foreign)):
-            await service.loads.library.add(
+            await service.loads.model_records.add(
                 NewModel(id=name, source="made", locator=str(place), folder=str(place), owns_folder=True)
             )
             await service.stub.DeleteModel(pb2.DeleteModelRequest(name=name))

@@ -75,7 +75,7 @@ class ModelLoads:
         defaults: ServingDefaults,
     ) -> None:
         self._front = front
-        self.library = library
+        self.model_records = library
         self._fetcher = fetcher
         self.room = room
         self._defaults = defaults
@@ -87,7 +87,7 @@ class ModelLoads:
 
     async def begin(self, at_start: Mapping[str, str]) -> None:
         """Read what is known, note what the operator's flags name (name -> source), and announce what is to come."""
-        await self.library.read()
+        await self.model_records.read()
         await self._note_flags(at_start)
         self.states.begin()
 
@@ -107,32 +107,32 @@ class ModelLoads:
     async def _note_flags(self, at_start: Mapping[str, str]) -> None:
         for name, spec in at_start.items():
             place = operator_place(spec)
-            record = self.library.records.get(name)
+            record = self.model_records.records.get(name)
             wanted: dict[str, Any] = {"at_start": True, "wanted": True, "pinned": True}
             if record is None:
                 new = NewModel(id=name, source=place.source, locator=place.locator, by_operator=True, **wanted)
-                await self.library.add(new)
+                await self.model_records.add(new)
             elif record.locator != place.locator:
                 wanted |= {"source": place.source, "locator": place.locator, "by_operator": True, "folder": ""}
-                await self.library.change(name, **wanted)
+                await self.model_records.change(name, **wanted)
             elif any(getattr(record, key) != value for key, value in wanted.items()):
-                await self.library.change(name, **wanted)
-        for name, record in list(self.library.records.items()):
+                await self.model_records.change(name, **wanted)
+        for name, record in list(self.model_records.records.items()):
             if record.at_start and name not in at_start:
-                await self.library.change(name, at_start=False, wanted=False, pinned=False)
+                await self.model_records.change(name, at_start=False, wanted=False, pinned=False)
 
     async def _forget_requests(self) -> None:
         while True:
             try:
-                await self.library.purge()
+                await self.model_records.purge()
             except SlipstreamError as error:
                 logger.warning("old requests could not be forgotten: %s", error.message)
             await asyncio.sleep(_PURGE_EVERY_S)
 
     async def _restore(self) -> None:
         """One after the other: the operator's, the pinned, then what was loaded last."""
-        for record in sorted(self.library.records.values(), key=_restored_first):
-            current = self.library.records.get(record.id)
+        for record in sorted(self.model_records.records.values(), key=_restored_first):
+            current = self.model_records.records.get(record.id)
             if current is not None and current.wanted and record.id not in self._work:
                 await asyncio.wait({self._start(record.id, may_evict=False)})
 
@@ -143,10 +143,10 @@ class ModelLoads:
         if wish.options is not None:
             wish.options.check()
         async with self._deciding:
-            if key is not None and (known := await self.library.answered(key)) is not None:
+            if key is not None and (known := await self.model_records.answered(key)) is not None:
                 return self.states.view(known)
             model = await self._wished(wish)
-            record = self.library.records.get(wish.name)
+            record = self.model_records.records.get(wish.name)
             is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
             needed = {} if is_coming else await self._check(model)
             if not validate_only:
@@ -161,7 +161,7 @@ class ModelLoads:
 
     async def _wished(self, wish: LoadWish) -> NewModel:
         """The model as it would be recorded. Raises ResourceExists or WrongState where that contradicts what is."""
-        record = self.library.records.get(wish.name)
+        record = self.model_records.records.get(wish.name)
         if record is None:
             place = await asyncio.to_thread(client_place, wish.source or wish.name, wish.revision, self._fetcher.roots)
             return NewModel(
@@ -208,11 +208,11 @@ class ModelLoads:
 
     async def _record(self, model: NewModel, record: StoredModel | None, key: RequestKey | None) -> None:
         if record is None:
-            await self.library.add(model, key=key)
+            await self.model_records.add(model, key=key)
             return
         changes = {name: getattr(model, name) for name in ("options", "pinned", "wanted")}
         is_new = any(getattr(record, name) != value for name, value in changes.items())
-        await self.library.change(record.id, key=key, counts=is_new, **changes)
+        await self.model_records.change(record.id, key=key, counts=is_new, **changes)
 
     def _start(self, name: str, *, may_evict: bool = True) -> asyncio.Task[None]:
         if not self._front.is_served(name):
@@ -222,7 +222,7 @@ class ModelLoads:
     async def _bring(self, name: str, before: asyncio.Task[None] | None, *, may_evict: bool) -> None:
         if before is not None:
             await asyncio.wait({before})
-        record = self.library.records.get(name)
+        record = self.model_records.records.get(name)
         if record is None or not record.wanted:  # somebody has changed their mind meanwhile
             return
         try:
@@ -277,7 +277,7 @@ class ModelLoads:
     async def unload(self, name: str, *, grace_s: float, force: bool = False, etag: str = "") -> ModelView:
         """Take a model out of memory. Raises ModelNotFound, WrongState, StaleEtag."""
         async with self._deciding:
-            record, state = self.library.get(name), self._front.status(name).state
+            record, state = self.model_records.get(name), self._front.status(name).state
             if state is ModelState.CREATING:
                 raise WrongState(f"model {name} is being made", metadata={"state": state.upper()})
             if record.pinned and not force and state is not ModelState.UNLOADED:
@@ -285,7 +285,7 @@ class ModelLoads:
             pinned = record.pinned and not force
             is_new = (record.wanted, record.pinned) != (False, pinned)
             cleared: dict[str, Any] = {"error_reason": "", "error_message": ""}
-            await self.library.change(name, etag=etag, counts=is_new, wanted=False, pinned=pinned, **cleared)
+            await self.model_records.change(name, etag=etag, counts=is_new, wanted=False, pinned=pinned, **cleared)
             if state is not ModelState.UNLOADING:
                 self._take_out(name, grace_s)
         return self.states.view(name)
@@ -314,11 +314,11 @@ class ModelLoads:
     async def delete(self, name: str, *, etag: str = "") -> None:
         """Forget an unloaded model, and its files where the service made them. ModelNotFound, WrongState, StaleEtag."""
         async with self._deciding:
-            record, state = self.library.get(name), self._front.status(name).state
+            record, state = self.model_records.get(name), self._front.status(name).state
             if state not in _AT_REST:
                 first = _BEFORE_DELETION.get(state, f"model {name} is {state}; unload it first")
                 raise WrongState(first.format(name=name), metadata={"state": state.upper()})
-            await self.library.remove(name, etag=etag)
+            await self.model_records.remove(name, etag=etag)
             if self._front.is_served(name):
                 await self._front.remove_model(name)
                 await self.room.release(name)

@@ -124,7 +124,9 @@ async def _rooms(
         exports=settings.common.data_dir / "inference" / "exports",
     )
     resolve = None if adapters is None else adapters.resolve
-    return await asyncio.to_thread(model_rooms, front, loads.library, loads.room, places, _defaults(settings), resolve)
+    return await asyncio.to_thread(
+        model_rooms, front, loads.model_records, loads.room, places, _defaults(settings), resolve
+    )
 
 
 def _own_root(settings: Settings) -> Path:

@@ -39,7 +39,7 @@ PROGRESS_EVERY_S = 0.5
 class MakingRooms:
     """What CreateModel and ExportModel work with. ``resolve_adapter`` is None where no registry is configured."""
 
-    library: Library
+    model_records: Library
     creation: ModelCreation
     exports: Exports
     resolve_adapter: AdapterResolver | None = None
@@ -58,7 +58,7 @@ class ModelMaking(ABC):
         name = check_id(request.model_id, "model_id")
         key = request_key("CreateModel", request.request_id, request)
         if key is not None and not request.validate_only:
-            known = await self._making.library.answered(key)
+            known = await self._making.model_records.answered(key)
             if known is not None:
                 return await self._message(known)
         plan = await self._making.creation.plan(creation_request(name, request))
@@ -97,7 +97,7 @@ class ModelMaking(ABC):
 
     async def _stored(self, model: str) -> tuple[Path, ModelFacts]:
         """The prepared folder of a known model, and its facts. Raises ModelNotFound, WrongState."""
-        record = self._making.library.get(model)
+        record = self._making.model_records.get(model)
         if record.creating:
             raise WrongState(f"model {model} is being made", metadata={"state": "CREATING"})
         if record.known_folder is None or not await asyncio.to_thread(record.known_folder.is_dir):

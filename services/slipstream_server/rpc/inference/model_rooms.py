@@ -63,7 +63,7 @@ def model_rooms(
     creation = ModelCreation(library, configurations, places.own_root, front.report)
     left_bytes = room.budget.left_bytes
     return ModelRooms(
-        making=MakingRooms(library=library, creation=creation, exports=exports, resolve_adapter=resolve_adapter),
+        making=MakingRooms(model_records=library, creation=creation, exports=exports, resolve_adapter=resolve_adapter),
         advice=AdviceRooms(
             configurations=configurations,
             adviser=MemoryAdviser(defaults, room.capacity, left_bytes),
