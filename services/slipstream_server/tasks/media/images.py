@@ -69,4 +69,4 @@ def encode_mask(mask_HW: np.ndarray) -> EncodedImage:
     """A single-channel PNG, 255 where ``mask_HW`` is not zero."""
     from PIL import Image
 
-    return encode_image(Image.fromarray(np.where(mask_HW, 255, 0).astype(np.uint8)))
+    return encode_image(Image.fromarray(np.where(mask_HW, np.uint8(255), np.uint8(0))))

@@ -42,16 +42,25 @@ _MASKS_PER_POINT = 3
 
 
 class LoneMaskPipeline(MaskGenerationPipeline):  # type: ignore[misc]
-    """As Transformers' own up to the masks that the model is sure of; then the better of those that overlap stay."""
+    """As Transformers' own up to the masks that the model is sure of; then the better of those that overlap stay.
+
+    They stay as lengths of runs: thousands of large masks may be asked for, and as pixels they do not fit in memory.
+    """
+
+    def _forward(self, *inputs: Any, **parameters: Any) -> dict[str, Any]:
+        output: dict[str, Any] = super()._forward(*inputs, **parameters)
+        for runs in output["masks"]:
+            runs["counts"] = np.asarray(runs["counts"], dtype=np.int32)  # a ninth of what a list of numbers takes
+        return output
 
     def postprocess(
         self, model_outputs: Sequence[dict[str, Any]], crops_nms_thresh: float = 0.7, **ignored: Any
-    ) -> list[tuple[np.ndarray, float, list[float]]]:
+    ) -> list[tuple[dict[str, Any], float, list[float]]]:
         masks = [runs for output in model_outputs for runs in output["masks"]]
         scores_N = torch.cat([output["iou_scores"] for output in model_outputs]).float().cpu()
         boxes_N4 = torch.cat([output["boxes"] for output in model_outputs]).float().cpu()
         return [
-            (unrolled(masks[place]), float(scores_N[place]), boxes_N4[place].tolist())
+            (masks[place], float(scores_N[place]), boxes_N4[place].tolist())
             for place in without_worse_twins(boxes_N4, scores_N, crops_nms_thresh)
         ]
 
@@ -103,5 +112,8 @@ class MaskRunner:
 
     def finish(self, item: TaskInput, parameters: Parameters, raw: Sequence[Any]) -> TaskResult:
         return MaskGenerationResult(
-            masks=[GeneratedMask(score=score, mask=encode_mask(mask), box=Box(*box)) for mask, score, box in raw[0]]
+            masks=[
+                GeneratedMask(score=score, mask=encode_mask(unrolled(runs)), box=Box(*box))
+                for runs, score, box in raw[0]
+            ]
         )

@@ -5,6 +5,7 @@ plain double loop in its place.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,8 @@ import torch
 import transformers as hf
 
 from slipstream_server.errors import MissingDependency
+from slipstream_server.tasks.media import masks
+from slipstream_server.tasks.media.images import encode_mask
 from slipstream_server.tasks.media.masks import unrolled, without_worse_twins
 from slipstream_server.tasks.media.runners import media_runner
 from unit.tasks.media import tiny_media as tiny
@@ -85,6 +88,29 @@ def test_mask_generation(
         for found, mask, box in zip(result.masks, expected["masks"], expected["bounding_boxes"], strict=True):
             assert ((pixels(found.mask) > 0) == np.asarray(mask)).mean() > 0.99
             assert [found.box.x_min, found.box.y_min, found.box.x_max, found.box.y_max] == box.tolist()
+
+
+def test_masks_are_kept_as_runs_until_each_is_encoded(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, folder = made(tiny.sam)
+    parameters = {**ALL, "points_per_crop": 4, "crops_nms_thresh": 1.0}
+    runner = media_runner("mask-generation", model, folder, torch.device("cpu"))
+    item = pictures()[0]
+    raw = runner.run(runner.prepare(item, parameters))
+    assert len(raw[0]) > 1
+    for runs, _, _ in raw[0]:
+        assert set(runs) == {"size", "counts"}
+        assert runs["counts"].itemsize == 4
+
+    alive: list[weakref.ref[Any]] = []
+
+    def watched(mask: np.ndarray) -> Any:
+        assert all(each() is None for each in alive)
+        alive.append(weakref.ref(mask))
+        return encode_mask(mask)
+
+    monkeypatch.setattr(masks, "encode_mask", watched)
+    runner.finish(item, parameters, raw)
+    assert len(alive) == len(raw[0])
 
 
 def test_the_better_of_two_alike_stays() -> None:
