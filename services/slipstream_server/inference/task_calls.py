@@ -5,10 +5,8 @@ Torch-free; event loop. Knows the front's models by the two questions it asks of
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 from slipstream_server.errors import (
@@ -24,7 +22,7 @@ from slipstream_server.models.facts import ModelFacts
 from slipstream_server.models.load_options import LoadOptions
 from slipstream_server.models.task_classes import head_of, tasks_of, tasks_when_loaded_for
 from slipstream_server.tasks.registry import NamedTask, find_task
-from slipstream_server.tasks.specs import TaskSpec
+from slipstream_server.tasks.specs import TaskSpec, missing_packages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +36,6 @@ class TaskCall:
     deadline_monotonic_s: float | None = None
 
 
-# The distribution that a module comes in, where the two are not called alike.
-_MODULES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
-
-
 def check_task(call: TaskCall) -> NamedTask:
     """The task of a call. Raises InvalidField, UnsupportedField or MissingDependency."""
     task = find_task(call.task)
@@ -52,16 +46,6 @@ def check_task(call: TaskCall) -> NamedTask:
             f"{task.spec.id} needs {', '.join(missing)}, which this service lacks", metadata={"package": missing[0]}
         )
     return task
-
-
-def missing_packages(spec: TaskSpec) -> tuple[str, ...]:
-    """Packages that the task needs and this environment, which the workers share, has not."""
-    return tuple(name for name in spec.packages if not _is_installed(name))
-
-
-@cache
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(_MODULES.get(package, package.replace("-", "_"))) is not None
 
 
 def served_tasks(facts: ModelFacts, load: LoadOptions) -> tuple[str, ...]:

@@ -6,8 +6,10 @@ gathers them and finds a task by its id or alias.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, Literal
 
 Family = Literal["encoder", "decoder", "encoder_decoder"]
@@ -45,7 +47,7 @@ class TaskSpec:
     """One task. ``id`` is Transformers' spelling.
 
     ``runs_by``: "generate" for tasks that the generation path answers (the front shapes prompt and answer), "worker"
-    for those a task worker runs. ``packages``: what must be importable beside the worker's own.
+    for those a task worker runs. ``packages``: distributions that must be importable beside the worker's own.
     ``auto_classes`` are tried in order; ``removed_in_transformers``: the release that dropped its own pipeline.
     """
 
@@ -61,3 +63,17 @@ class TaskSpec:
     packages: tuple[str, ...] = ()
     adapters_supported: bool = False
     removed_in_transformers: str = ""
+
+
+# The module that a distribution brings, where the two are not called alike.
+_MODULES = {"pillow": "PIL"}
+
+
+def missing_packages(spec: TaskSpec) -> tuple[str, ...]:
+    """Packages that the task needs and this environment, which front and workers share, has not."""
+    return tuple(name for name in spec.packages if not _is_installed(name))
+
+
+@cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(_MODULES.get(package, package)) is not None

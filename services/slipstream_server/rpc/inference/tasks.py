@@ -14,7 +14,7 @@ from slipstream.inference.v1 import tasks_pb2
 from slipstream.type.v1 import usage_pb2
 from slipstream_server.errors import InvalidField, InvalidRequest, QueueFull, ResourceExhausted, SlipstreamError
 from slipstream_server.inference.front import InferenceFront
-from slipstream_server.inference.task_calls import TaskCall, missing_packages
+from slipstream_server.inference.task_calls import TaskCall
 from slipstream_server.inference.task_runs import TaskOutcome, TaskRun
 from slipstream_server.resource_names import ModelName
 from slipstream_server.rpc.inference.convert import model_id
@@ -26,7 +26,7 @@ from slipstream_server.storage.pages import PageRequest, decode_token, encode_to
 from slipstream_server.tasks.inputs import MAX_INPUTS
 from slipstream_server.tasks.items import TaskInput
 from slipstream_server.tasks.registry import TASKS, get_task
-from slipstream_server.tasks.specs import TaskSpec
+from slipstream_server.tasks.specs import TaskSpec, missing_packages
 
 DEFAULT_PENDING_INPUTS = 256
 MAX_PENDING_INPUTS = 4096

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,9 @@ from slipstream_server.errors import InvalidField, MissingDependency, Unsupporte
 from slipstream_server.models.missing import missing_package
 from slipstream_server.tasks.media_specs import MEDIA_SPECS
 from slipstream_server.tasks.runner import Runner
-from slipstream_server.tasks.specs import TaskSpec
+from slipstream_server.tasks.specs import TaskSpec, missing_packages
 
 _SPECS: Mapping[str, TaskSpec] = {spec.id: spec for spec in MEDIA_SPECS}
-
-
-def missing_packages(spec: TaskSpec) -> tuple[str, ...]:
-    """Those of the task's packages that are not installed."""
-    return tuple(package for package in spec.packages if not _is_installed(package))
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def media_runner(task_id: str, model: Any, processor_folder: Path, device: Any) -> Runner:
