@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig, Pipeline
 
-from slipstream_server.errors import InvalidField, PromptTooLong, UnsupportedField
+from slipstream_server.errors import InvalidField, UnsupportedField
 from slipstream_server.tasks.items import (
     AudioInput,
     GeneratedText,
@@ -50,7 +50,6 @@ class ConversationPipeline(Pipeline):  # type: ignore[misc]
         inputs = self.processor.apply_chat_template(
             [message], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
         ).to(dtype=self.dtype)
-        _check_length(self.model.config, inputs["input_ids"].shape[1])
         return dict(inputs)
 
     def _forward(self, model_inputs: dict[str, Any], **generate: Any) -> dict[str, Any]:
@@ -63,12 +62,6 @@ class ConversationPipeline(Pipeline):  # type: ignore[misc]
             {"generated_text": self.tokenizer.decode(ids_T, skip_special_tokens=True), "token_ids": ids_T.tolist()}
             for ids_T in model_outputs["generated_sequence"].flatten(0, -2)
         ]
-
-
-def _check_length(config: Any, num_tokens: int) -> None:
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit and num_tokens >= limit:
-        raise PromptTooLong.of("multimodal.parts", f"{num_tokens} tokens; the model reads and writes {limit} in all")
 
 
 def _read_conversation(pipeline: Any, item: ImageInput | MultimodalInput, parameters: Parameters) -> Any:

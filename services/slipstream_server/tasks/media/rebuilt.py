@@ -35,9 +35,6 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]
 
     def preprocess(self, inputs: dict[str, Any]) -> dict[str, Any]:
         encoded = self.tokenizer(inputs["question"], return_tensors="pt")
-        length, limit = encoded["input_ids"].shape[1], _max_positions(self.model.config)
-        if limit is not None and length > limit:
-            raise ValueError(f"the question has {length} tokens; the model reads {limit}")
         encoded.update(self.image_processor(images=inputs["image"], return_tensors="pt").to(self.dtype))
         return dict(encoded)
 
@@ -57,12 +54,6 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]
             {"answer": labels[label_id], "score": score}
             for score, label_id in zip(scores.tolist(), ids.tolist(), strict=True)
         ]
-
-
-def _max_positions(config: Any) -> int | None:
-    text = getattr(config, "text_config", config)
-    limit = getattr(text, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 class ImageToImagePipeline(Pipeline):  # type: ignore[misc]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from parity.make_golden_media import GOLDEN, QUESTIONS, SEEDS
+from slipstream_server.errors import PromptTooLong
 from slipstream_server.tasks import items
 from slipstream_server.tasks.media.runners import media_runner
 from unit.tasks.media import tiny_media as tiny
@@ -51,6 +52,13 @@ def test_answers_in_words(tmp_path: Path) -> None:
         inputs = [items.VisualQuestionInput(image=picture(seed), question=question) for seed in SEEDS]
         for result, expected in zip(together(runner, inputs, {}), ANSWERS["blip_questions"], strict=True):
             assert [each.text for each in result.answers] == [each["answer"] for each in expected[index]]
+
+
+@pytest.mark.parametrize(("maker", "limit"), [(tiny.vilt, 40), (tiny.blip_questions, 64)])
+def test_a_question_that_is_too_long(tmp_path: Path, maker: tiny.Maker, limit: int) -> None:
+    runner = media_runner("visual-question-answering", maker(tmp_path), tmp_path, torch.device("cpu"))
+    with pytest.raises(PromptTooLong, match=f"the model reads {limit}"):
+        runner.prepare(items.VisualQuestionInput(image=picture(0), question="cat " * 100), {})
 
 
 def test_image_to_image(tmp_path: Path) -> None:
