@@ -24,7 +24,7 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.media.films import decode_film
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, check_drawing, given
+from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, alone, check_drawing, given
 from slipstream_server.tasks.media.sounds import decode_sound
 
 _FILM_FRAMES = 8
@@ -111,10 +111,6 @@ def _writing(pipeline: Any, item: Any, parameters: Parameters) -> dict[str, Any]
     return given(parameters, *_GENERATION)
 
 
-def _alone(item: Any, parameters: Parameters) -> Alone:
-    return Alone()
-
-
 def _alone_where_drawn(item: Any, parameters: Parameters) -> Hashable:
     """Draws depend on the whole batch."""
     return Alone() if parameters.get("do_sample") else None
@@ -159,7 +155,7 @@ def _num_started(pipeline: Any, inputs: Any) -> int:
 
 
 CONVERSATION = Steps(
-    read=_read_conversation, arguments=_writing, company=_alone, shape=_shape_texts, num_started=_num_started
+    read=_read_conversation, arguments=_writing, company=alone, shape=_shape_texts, num_started=_num_started
 )
 CAPTION = Steps(
     read=_read_caption, arguments=_writing, company=_alone_where_drawn, shape=_shape_texts, num_started=_num_started

@@ -13,7 +13,7 @@ from slipstream_server.tasks.items import (
     LabelScore,
 )
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps
+from slipstream_server.tasks.media.pipelines import Parameters, Steps, alone
 
 
 def _read_request(pipeline: Any, item: DecisionInput, parameters: Parameters) -> Any:
@@ -39,10 +39,6 @@ def _question(question: DecisionQuestion) -> dict[str, Any]:
     return spelled
 
 
-def _alone(item: Any, parameters: Parameters) -> Alone:
-    return Alone()
-
-
 def _shape_answers(pipeline: Any, item: DecisionInput, parameters: Parameters, found: Any) -> DecisionResult:
     return DecisionResult(answers=[_answer(question, found[question.name]) for question in item.questions])
 
@@ -63,4 +59,4 @@ def _answer(question: DecisionQuestion, found: dict[str, Any]) -> DecisionAnswer
     )
 
 
-DECISION = Steps(read=_read_request, company=_alone, shape=_shape_answers)
+DECISION = Steps(read=_read_request, company=alone, shape=_shape_answers)

@@ -17,7 +17,7 @@ from slipstream_server.tasks.items import (
     TranscriptionResult,
     ZeroShotAudioInput,
 )
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, check_drawing, given
+from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, alone, check_drawing, given
 from slipstream_server.tasks.media.sounds import decode_sound
 from slipstream_server.tasks.media.vision import candidates, label_scores, same_candidates, shape_candidates
 
@@ -174,10 +174,6 @@ def _read_text(pipeline: Any, item: TextInput, parameters: Parameters) -> Any:
     return item.text
 
 
-def _alone(item: Any, parameters: Parameters) -> Alone:
-    return Alone()
-
-
 def _speaking(pipeline: Any, item: Any, parameters: Parameters) -> dict[str, Any]:
     generate = given(parameters, *_SPEECH_GENERATION)
     return {"generate_kwargs": generate if pipeline.model.can_generate() else {}}
@@ -193,4 +189,4 @@ def _shape_sound(pipeline: Any, item: Any, parameters: Parameters, found: Any) -
     )
 
 
-SPEAKING = Steps(read=_read_text, arguments=_speaking, company=_alone, shape=_shape_sound)
+SPEAKING = Steps(read=_read_text, arguments=_speaking, company=alone, shape=_shape_sound)

@@ -14,7 +14,7 @@ from transformers import DocumentQuestionAnsweringPipeline
 from slipstream_server.errors import InvalidField, MissingDependency, PromptTooLong
 from slipstream_server.tasks.items import Answer, DocumentQuestionInput, QuestionAnsweringResult, WordSpan
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, given
+from slipstream_server.tasks.media.pipelines import Parameters, Steps, alone, given
 
 _WORDS_ONLY, _WORDS_AND_PICTURE, _PICTURE_ONLY = "layoutlm", "layoutlmv3", "vision-encoder-decoder"
 READERS = (_WORDS_ONLY, _WORDS_AND_PICTURE, _PICTURE_ONLY)
@@ -152,10 +152,6 @@ def _answer(found: dict[str, Any]) -> Answer:
     )
 
 
-def _alone(item: Any, parameters: Parameters) -> Alone:
-    return Alone()
-
-
 def _num_started(pipeline: Any, inputs: Any) -> int:
     """The question stands in front of what Donut writes."""
     return int(inputs["decoder_input_ids"].shape[1]) if "decoder_input_ids" in inputs else 0
@@ -164,7 +160,7 @@ def _num_started(pipeline: Any, inputs: Any) -> int:
 DOCUMENT_QUESTIONS = Steps(
     read=_read_page,
     arguments=_page_arguments,
-    company=_alone,
+    company=alone,
     shape=_shape_page_answers,
     num_started=_num_started,
 )

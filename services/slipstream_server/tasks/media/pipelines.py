@@ -36,6 +36,11 @@ class Alone:
     """A group with one member: a piece that shares its forward pass with no other."""
 
 
+def alone(item: Any, parameters: Parameters) -> Alone:
+    """The ``Steps.company`` of a task whose inputs are never batched."""
+    return Alone()
+
+
 def given(parameters: Parameters, *names: str) -> dict[str, Any]:
     """Those of ``names`` that have a value."""
     return {name: parameters[name] for name in names if parameters.get(name) is not None}

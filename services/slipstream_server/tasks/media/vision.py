@@ -26,7 +26,7 @@ from slipstream_server.tasks.items import (
     ZeroShotImageInput,
 )
 from slipstream_server.tasks.media.images import decode_image, encode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, given
+from slipstream_server.tasks.media.pipelines import Parameters, Steps, alone, given
 
 MAX_TENSOR_VALUES = 3_000_000
 """12 MB: what fits into one answer."""
@@ -216,10 +216,6 @@ def _read_pair(pipeline: Any, item: ImagePairInput, parameters: Parameters) -> A
     ]
 
 
-def _alone(item: Any, parameters: Parameters) -> Alone:
-    return Alone()
-
-
 def _shape_matches(pipeline: Any, item: Any, parameters: Parameters, found: Any) -> KeypointMatchingResult:
     return KeypointMatchingResult(
         matches=[
@@ -233,4 +229,4 @@ def _point(point: Mapping[str, float]) -> tuple[float, float]:
     return (float(point["x"]), float(point["y"]))
 
 
-KEYPOINTS = Steps(read=_read_pair, arguments=_threshold, company=_alone, shape=_shape_matches)
+KEYPOINTS = Steps(read=_read_pair, arguments=_threshold, company=alone, shape=_shape_matches)
