@@ -24,7 +24,7 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.media.films import decode_film
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import Alone, Parameters, Steps, alone, check_drawing, given
+from slipstream_server.tasks.media.pipelines import DEFAULT_NEW_TOKENS, Alone, Parameters, Steps, alone, check_drawing, given
 from slipstream_server.tasks.media.sounds import decode_sound
 
 _FILM_FRAMES = 8
@@ -40,7 +40,7 @@ class ConversationPipeline(Pipeline):  # type: ignore[misc]
     _load_feature_extractor = False
     _load_tokenizer = False
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
+    _default_generation_config = GenerationConfig(max_new_tokens=DEFAULT_NEW_TOKENS)
 
     def _sanitize_parameters(self, **generate: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, generate, {}

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import GenerationConfig, KeypointMatchingPipeline, Pipeline, ZeroShotObjectDetectionPipeline
 
 from slipstream_server.errors import UnsupportedField
+from slipstream_server.tasks.media.pipelines import DEFAULT_NEW_TOKENS
 
 
 class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]
@@ -26,7 +27,7 @@ class VisualQuestionAnsweringPipeline(Pipeline):  # type: ignore[misc]
     _load_tokenizer = True
     _pipeline_calls_generate = True
     _non_generation_params = ("top_k",)
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
+    _default_generation_config = GenerationConfig(max_new_tokens=DEFAULT_NEW_TOKENS)
 
     def _sanitize_parameters(
         self, top_k: int | None = None, **generate: Any
@@ -86,7 +87,7 @@ class CaptionPipeline(Pipeline):  # type: ignore[misc]
     _load_feature_extractor = False
     _load_tokenizer = True
     _pipeline_calls_generate = True
-    _default_generation_config = GenerationConfig(max_new_tokens=256)
+    _default_generation_config = GenerationConfig(max_new_tokens=DEFAULT_NEW_TOKENS)
 
     def _sanitize_parameters(self, **generate: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, generate, {}

@@ -25,7 +25,7 @@ from slipstream_server.tasks.items import (
     Tensor,
     ZeroShotImageInput,
 )
-from slipstream_server.tasks.media.images import decode_image, encode_image
+from slipstream_server.tasks.media.images import MAX_IMAGE_PIXELS, decode_image, encode_image
 from slipstream_server.tasks.media.pipelines import Parameters, Steps, alone, given
 
 MAX_TENSOR_VALUES = 3_000_000
@@ -161,7 +161,7 @@ ZERO_SHOT = Steps(read=_read_zero_shot, arguments=candidates, company=same_candi
 def _read_to_segment(pipeline: Any, item: ImageInput, parameters: Parameters) -> Any:
     config = pipeline.model.config
     layers = max(int(getattr(config, "num_queries", 0) or 0), int(config.num_labels))
-    return decode_image(item.data, "image.data", max_pixels=min(64_000_000, MAX_MASK_BYTES // (4 * layers)))
+    return decode_image(item.data, "image.data", max_pixels=min(MAX_IMAGE_PIXELS, MAX_MASK_BYTES // (4 * layers)))
 
 
 def _segmentation(pipeline: Any, item: Any, parameters: Parameters) -> dict[str, Any]:
