@@ -24,7 +24,15 @@ from slipstream_server.tasks.items import (
 )
 from slipstream_server.tasks.media.films import decode_film
 from slipstream_server.tasks.media.images import decode_image
-from slipstream_server.tasks.media.pipelines import DEFAULT_NEW_TOKENS, Alone, Parameters, Steps, alone, check_drawing, given
+from slipstream_server.tasks.media.pipelines import (
+    DEFAULT_NEW_TOKENS,
+    Alone,
+    Parameters,
+    Steps,
+    alone,
+    check_drawing,
+    given,
+)
 from slipstream_server.tasks.media.sounds import decode_sound
 
 _FILM_FRAMES = 8
