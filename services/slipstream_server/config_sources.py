@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from slipstream_server.ranges import spelt_range
+
 Section = TypeVar("Section")
 
 _TRUE, _FALSE = frozenset({"1", "true", "yes", "on"}), frozenset({"0", "false", "no", "off"})
@@ -29,11 +31,6 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
 
 
-def _spelt(number: float) -> str:
-    """A bound as people write it: 1048576, not 1.04858e+06."""
-    return f"{number:.0f}" if float(number).is_integer() else f"{number:g}"
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bounds:
     """What a setting may be: a range (both ends included), or one of ``choices``."""
@@ -45,11 +42,7 @@ class Bounds:
     def __str__(self) -> str:
         if self.choices:
             return "one of " + ", ".join(self.choices)
-        if self.minimum is not None and self.maximum is not None:
-            return f"{_spelt(self.minimum)} to {_spelt(self.maximum)}"
-        if self.minimum is not None:
-            return f"{_spelt(self.minimum)} or more"
-        return f"{_spelt(self.maximum)} or less" if self.maximum is not None else "any value"
+        return spelt_range(self.minimum, self.maximum)
 
     def allow(self, value: object) -> bool:
         """Whether ``value`` lies within; None (unset) always does."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from slipstream_server.errors import InvalidField, UnknownParameter, UnsupportedField
+from slipstream_server.ranges import spelt, spelt_range
 from slipstream_server.tasks.specs import Parameter, ParameterType, TaskSpec
 
 MAX_PARAMETERS = 64
@@ -109,15 +110,7 @@ def _checked(parameter: Parameter, value: Any) -> Any:
 def _check_range(field: str, parameter: Parameter, value: float) -> None:
     low, high = parameter.min_value, parameter.max_value
     if (low is not None and value < low) or (high is not None and value > high):
-        least, most = _spelt(low), _spelt(high)
-        ends = f"{least} or more" if high is None else f"at most {most}" if low is None else f"{least} to {most}"
-        raise InvalidField.of(field, f"{_spelt(value)} is outside the allowed range, {ends}")
-
-
-def _spelt(number: float | None) -> str:
-    """A number as people write it: 100000, not 1e+05."""
-    is_whole = number is not None and abs(number) <= _MAX_INT and float(number).is_integer()
-    return f"{number:.0f}" if is_whole else f"{number:g}" if number is not None else ""
+        raise InvalidField.of(field, f"{spelt(value)} is outside the allowed range, {spelt_range(low, high)}")
 
 
 def _bool(field: str, value: Any) -> bool:
