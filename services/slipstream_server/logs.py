@@ -2,6 +2,7 @@
 
 Stdlib logging only. Records are JSON lines where stderr is not a terminal, plain text where it is. ``request_id`` is a
 context variable: whoever accepts a request sets it, and everything logged below carries it, in whatever task it runs.
+What nobody foresaw is logged under an id, which is all that the asker learns of it.
 Knows nothing of gRPC. Safe from any thread; a new thread starts without a request id.
 """
 
@@ -9,12 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import sys
 import time
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
+from slipstream_server.errors import InternalError
+
 LogFormat = Literal["auto", "json", "text"]
+
+logger = logging.getLogger(__name__)
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 
@@ -46,6 +52,20 @@ def configure_logging(*, level: str = "INFO", log_format: LogFormat = "auto", st
     for name in _QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+def log_failure(error: BaseException, doing: str) -> str:
+    """Log what nobody foresaw, with its traceback; returns the id under which it stands there."""
+    error_id = secrets.token_hex(6)
+    logger.error("unforeseen %s while %s, error_id %s", type(error).__name__, doing, error_id, exc_info=error)
+    return error_id
+
+
+def unforeseen(error: BaseException, doing: str) -> InternalError:
+    """Log what nobody foresaw, and what to answer whoever asked: an id, and nothing of the error itself."""
+    error_id = log_failure(error, doing)
+    message = f"internal error; the server's log tells more under error_id {error_id}"
+    return InternalError(message, metadata={"error_id": error_id})
 
 
 def _attach_request_id(record: logging.LogRecord) -> bool:

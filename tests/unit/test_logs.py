@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from slipstream_server.logs import configure_logging, request_id
+from slipstream_server.logs import configure_logging, request_id, unforeseen
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +60,16 @@ def test_text_where_a_person_reads() -> None:
     logging.getLogger("room").error("shown")
     assert stream.getvalue().endswith("ERROR   room: shown\n")
     assert "hidden" not in stream.getvalue()
+
+
+def test_what_nobody_foresaw_is_found_in_the_log_by_the_id_that_the_asker_learns() -> None:
+    stream = io.StringIO()
+    configure_logging(stream=stream)
+    first, second = (unforeseen(KeyError(secret), "counting") for secret in ("zxfirst", "zxsecond"))
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    for error, line, secret in zip((first, second), lines, ("zxfirst", "zxsecond"), strict=True):
+        assert error.metadata["error_id"] in error.message
+        assert error.metadata["error_id"] in line["message"]
+        assert secret in line["exception"]
+        assert secret not in error.message
+    assert first.metadata != second.metadata

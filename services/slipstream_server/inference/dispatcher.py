@@ -15,16 +15,14 @@ Synchronous code on the event loop. Knows nothing of text, processes or restarts
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from slipstream_server.errors import DeadlineExceeded, InternalError, SlipstreamError, WorkerDied
+from slipstream_server.errors import DeadlineExceeded, SlipstreamError, WorkerDied
 from slipstream_server.inference.adapter_metrics import AdaptersInUse, adapter_id
 from slipstream_server.inference.admission import AdmissionLimits, AdmissionQueue
 from slipstream_server.inference.calls import Priority
@@ -44,9 +42,8 @@ from slipstream_server.inference.generation import (
     Tokens,
 )
 from slipstream_server.inference.worker_errors import error_of
+from slipstream_server.logs import unforeseen
 from slipstream_server.tasks.items import TaskRequest
-
-logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 
@@ -294,11 +291,9 @@ class Dispatcher:
             return
         try:
             self._pass_on(ticket, event)
-        except Exception:
-            log_id = uuid.uuid4().hex[:12]
-            logger.exception("request failed in the front, log id %s", log_id)
+        except Exception as error:
             self.withdraw(ticket)
-            ticket.told.fail(InternalError(f"internal error {log_id}"))
+            ticket.told.fail(unforeseen(error, "passing a worker's event on"))
 
     def _pass_on(self, ticket: Errand, event: RequestEvent) -> None:
         match event:
@@ -310,7 +305,7 @@ class Dispatcher:
                 ticket.told.finished()
             case Failed():
                 self._leave(ticket)
-                ticket.told.fail(error_of(event.reason, event.message, event.field))
+                ticket.told.fail(error_of(event.reason, event.message, event.field, event.metadata))
             case TaskResults():
                 if isinstance(ticket, TaskTicket):
                     ticket.has_joined = True

@@ -211,6 +211,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
     message: str
     field: str = ""
+    metadata: dict[str, str] = {}
 
 
 class Stats(msgspec.Struct, frozen=True, tag="stats"):

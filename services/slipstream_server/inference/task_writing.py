@@ -6,13 +6,11 @@ Event loop.
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from slipstream_server.errors import InternalError, InvalidRequest, SlipstreamError
+from slipstream_server.errors import InvalidRequest, SlipstreamError
 from slipstream_server.inference.calls import (
     BeamChoice,
     DeltaEvent,
@@ -26,12 +24,11 @@ from slipstream_server.inference.calls import (
 from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.streams import GenerationStream
 from slipstream_server.inference.task_runs import TaskOutcome, TaskRun
+from slipstream_server.logs import unforeseen
 from slipstream_server.tasks.generation_prompts import PromptShape, WrittenPrompt, clean_up
 from slipstream_server.tasks.generation_settings import GenerationSettings
 from slipstream_server.tasks.items import GeneratedText, GeneratedTextResult, TaskInput, TaskResult, TextInput
 from slipstream_server.tasks.specs import TaskSpec
-
-logger = logging.getLogger(__name__)
 
 MAX_OPEN_GENERATIONS = 64
 """Inputs of one call that are queued or running on the generation path at once."""
@@ -89,10 +86,8 @@ class WriterRun(TaskRun):
                 outcome: TaskOutcome = await self._written(text)
         except SlipstreamError as error:
             outcome = error
-        except Exception:
-            log_id = uuid.uuid4().hex[:12]
-            logger.exception("an input of %s failed in the front, log id %s", self.spec.id, log_id)
-            outcome = InternalError(f"internal error {log_id}")
+        except Exception as error:
+            outcome = unforeseen(error, f"writing the answer to an input of {self.spec.id}")
         self._answer(index, outcome)
 
     async def _written(self, text: str) -> TaskResult:

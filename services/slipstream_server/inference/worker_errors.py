@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from slipstream_server.errors import FieldViolation, InternalError, SlipstreamError
 
 
@@ -21,7 +23,7 @@ def _by_reason() -> dict[str, type[SlipstreamError]]:
 _CLASSES = _by_reason()
 
 
-def error_of(reason: str, message: str, field: str = "") -> SlipstreamError:
+def error_of(reason: str, message: str, field: str = "", metadata: Mapping[str, str] | None = None) -> SlipstreamError:
     """The exception for a reason, and for the field at fault; InternalError for a reason that nobody knows."""
     violations = [FieldViolation(field, message.removeprefix(f"{field}: "))] if field else []
-    return _CLASSES.get(reason, InternalError)(message, violations=violations)
+    return _CLASSES.get(reason, InternalError)(message, violations=violations, metadata=metadata)

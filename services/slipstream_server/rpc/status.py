@@ -9,7 +9,6 @@ Pure functions, any thread.
 from __future__ import annotations
 
 import logging
-import uuid
 from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
@@ -20,6 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 from slipstream_server import errors
+from slipstream_server.logs import unforeseen
 
 logger = logging.getLogger(__name__)
 
@@ -99,11 +99,7 @@ def as_slipstream_error(exception: BaseException) -> errors.SlipstreamError:
         known = [leaf for leaf in leaves if isinstance(leaf, errors.SlipstreamError)]
         if known and len(known) == len(leaves):
             return known[0]
-    error_id = uuid.uuid4().hex[:12]
-    logger.error("unforeseen %s, error_id %s", type(exception).__name__, error_id, exc_info=exception)
-    return errors.InternalError(
-        f"internal error; the server's log tells more under error_id {error_id}", metadata={"error_id": error_id}
-    )
+    return unforeseen(exception, "answering a call")
 
 
 def error_of_status(rpc_error: grpc.aio.AioRpcError) -> errors.SlipstreamError:

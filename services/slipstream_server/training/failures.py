@@ -7,15 +7,12 @@ the runner by hand. torch is looked at only by name: this module is imported bef
 from __future__ import annotations
 
 import errno
-import logging
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
 from slipstream_server.errors import InvalidDataset, InvalidRequest, OutOfMemory, SlipstreamError, StorageFull
-
-logger = logging.getLogger(__name__)
+from slipstream_server.logs import log_failure
 
 
 class ExitStatus(IntEnum):
@@ -53,9 +50,8 @@ def classify(error: BaseException) -> Failure:
         is_invalid = isinstance(error, (InvalidRequest, InvalidDataset))
         status = ExitStatus.INVALID if is_invalid else ExitStatus.FAILED
         return Failure(reason=error.reason, message=error.message, exit_status=status)
-    error_id = uuid.uuid4().hex[:12]
-    logger.error("training failed (id %s)", error_id, exc_info=error)
-    message = f"training failed unexpectedly; the runner's log has the details under {error_id}"
+    error_id = log_failure(error, "training")
+    message = f"training failed unexpectedly; the runner's log tells more under error_id {error_id}"
     return Failure(reason=SlipstreamError.reason, message=message, exit_status=ExitStatus.FAILED)
 
 

@@ -135,7 +135,7 @@ def test_a_forward_that_fails_for_one_request_fails_it_alone(caplog: pytest.LogC
     assert poisoned.failure is not None
     assert poisoned.failure.reason == "INTERNAL"
     assert "secret" not in poisoned.failure.message
-    assert poisoned.failure.message.split()[-1] in caplog.text
+    assert poisoned.failure.metadata["error_id"] in caplog.text
     assert [answer.tokens[0] for answer in answers] == [list(alone("llama", prompt, 3)) for prompt in fine]
 
 

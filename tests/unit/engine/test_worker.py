@@ -254,7 +254,9 @@ def test_a_bad_configuration_is_refused(fields: dict[str, Any]) -> None:
 
 def test_starting_a_worker_needs_no_torch() -> None:
     """The front builds configurations, validates beams and spawns workers without it; so does the null worker."""
-    modules = ["worker_config", "worker", "engine.null", "engine.beam_rules", "engine.checks", "engine.scheduler"]
-    imports = "; ".join(f"import slipstream_server.inference.{name}" for name in modules)
+    modules = ["worker_config", "worker"]
+    parts = ["null", "beam_rules", "checks", "scheduler", "constraints", "anteroom"]
+    names = [*modules, *(f"engine.{part}" for part in parts)]
+    imports = "; ".join(f"import slipstream_server.inference.{name}" for name in names)
     code = f"{imports}; import sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

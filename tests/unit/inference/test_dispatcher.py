@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slipstream_server.errors import DeadlineExceeded, SlipstreamError, WorkerDied
+from slipstream_server.errors import DeadlineExceeded, InternalError, SlipstreamError, WorkerDied
 from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.dispatcher import Dispatcher, Ticket
 from slipstream_server.inference.generation import (
@@ -93,6 +93,18 @@ def test_a_request_larger_than_the_credit_runs_alone() -> None:
     busy.submit(ticket(1, sequences=16)[0])
     busy.submit(ticket(2)[0])
     assert line.submitted == [1]
+
+
+def test_a_failure_reaches_the_caller_as_the_worker_told_it() -> None:
+    busy = dispatcher()
+    asking, sink = ticket(1)
+    busy.connect(Line())
+    busy.submit(asking)
+    told = Failed(1, "INTERNAL", "broken, see ab12", metadata={"error_id": "ab12"})
+    busy.handle(msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=Failed))
+    (error,) = sink.ends
+    assert isinstance(error, InternalError)
+    assert (error.message, error.metadata) == ("broken, see ab12", {"error_id": "ab12"})
 
 
 def test_a_death_requeues_what_had_no_token_once_and_fails_the_rest() -> None:

@@ -10,7 +10,6 @@ refused, so that nobody waits for what may never come. Torch-free.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,6 @@ from typing import Any
 
 from slipstream_server.errors import (
     DeadlineExceeded,
-    InternalError,
     InvalidField,
     QueueFull,
     SlipstreamError,
@@ -27,11 +25,9 @@ from slipstream_server.errors import (
 )
 from slipstream_server.inference.engine.constraints import Grammars, Guide, content_key
 from slipstream_server.inference.engine.cores import go_anywhere
-from slipstream_server.inference.engine.faults import log_failure
 from slipstream_server.inference.engine.scheduler import has_expired
 from slipstream_server.inference.generation import Constraint, GenerationRequest
-
-logger = logging.getLogger(__name__)
+from slipstream_server.logs import unforeseen
 
 COMPILE_LIMIT_S = 10.0
 _LOOK_EVERY_S = 0.005
@@ -183,4 +179,4 @@ class Anteroom:
         except SlipstreamError as error:
             return error
         except BaseException as error:  # llguidance panics with a BaseException
-            return InternalError(f"internal error {log_failure(error, 'compiling a constraint')}")
+            return unforeseen(error, "compiling a constraint")

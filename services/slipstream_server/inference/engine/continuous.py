@@ -32,7 +32,7 @@ from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
 from slipstream_server.inference.engine.core import Generation, Row
 from slipstream_server.inference.engine.drafting import draft
-from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS, BlockPool
 from slipstream_server.inference.engine.ledger import Ledger, named
 from slipstream_server.inference.engine.outbox import Gauges, Outbox
@@ -49,6 +49,7 @@ from slipstream_server.inference.generation import (
     PromptLogprobs,
     TopLogprobs,
 )
+from slipstream_server.logs import log_failure
 
 logger = logging.getLogger(__name__)
 

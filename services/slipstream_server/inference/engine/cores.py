@@ -5,7 +5,7 @@ one of them beside its partner: both then take turns on one core, at half the sp
 itself, however low its priority. A thread that is bound to a core takes its share of that core at once.
 
 Only where the team has as many threads as there are cores; on Linux. Threads that a bound thread starts are bound with
-it, so that those begin with ``go_anywhere``.
+it, so that those begin with ``go_anywhere``. Torch comes with a team only.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -24,22 +22,23 @@ _ALL_CORES = os.sched_getaffinity(0) if sys.platform == "linux" else set()
 _TEAMWORK_ITEMS = 1 << 20
 
 
-def bind_team() -> bool:
+def bind_team() -> None:
     """Bind the calling thread, which has not computed yet, and those that compute with it from now on."""
+    import torch
+
     cores = sorted(_ALL_CORES)
     if len(cores) < 2 or torch.get_num_threads() != len(cores):
-        return False
+        return
     before = _threads()
     torch.ones(_TEAMWORK_ITEMS).add_(1)
     partners = sorted(_threads() - before)
     if len(partners) != len(cores) - 1:
         logger.info("threads go where they like: a team of %d was not found", len(cores))
-        return False
+        return
     # Workers begin at different cores: the first thread of each does more than its partners.
     first = os.getpid() % len(cores)
     for thread, core in zip([0, *partners], [*cores[first:], *cores[:first]], strict=True):
         os.sched_setaffinity(thread, {core})
-    return True
 
 
 def go_anywhere() -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from slipstream_server.errors import InternalError, OutOfMemory, SlipstreamError
+from slipstream_server.errors import OutOfMemory, SlipstreamError
 from slipstream_server.inference.engine.choosing import Choices
 from slipstream_server.inference.engine.core import Generation, Row
-from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.outbox import Outbox
 from slipstream_server.inference.generation import Finished, Tokens, TopLogprobs
+from slipstream_server.logs import unforeseen
 
 
 class Ledger:
@@ -93,4 +94,4 @@ def named(error: Exception, doing: str) -> SlipstreamError:
         raise error
     if is_out_of_memory(error):
         return OutOfMemory("the device has not enough memory for this request")
-    return InternalError(f"internal error {log_failure(error, doing)}")
+    return unforeseen(error, doing)

@@ -56,7 +56,7 @@ class Outbox:
 
     def fail(self, request_id: int, error: SlipstreamError) -> None:
         """The request's terminal event is this error."""
-        self._events.append(Failed(request_id, error.reason, error.message, error.field))
+        self._events.append(Failed(request_id, error.reason, error.message, error.field, error.metadata))
 
     def take(self) -> list[Event]:
         events, self._events = self._events, []

@@ -28,7 +28,7 @@ from slipstream_server.inference.engine.checks import refusal
 from slipstream_server.inference.engine.choosing import TopOf
 from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.core import Generation, Row
-from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.ledger import Ledger, named
 from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.engine.passes import Traits, prompt_logits
@@ -41,6 +41,7 @@ from slipstream_server.inference.generation import (
     PromptLogprobs,
     TopLogprobs,
 )
+from slipstream_server.logs import log_failure
 
 logger = logging.getLogger(__name__)
 

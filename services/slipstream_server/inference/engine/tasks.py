@@ -20,11 +20,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slipstream_server.errors import DeadlineExceeded, InternalError, OutOfMemory, SlipstreamError, UnsupportedField
-from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory, log_failure
+from slipstream_server.errors import DeadlineExceeded, OutOfMemory, SlipstreamError, UnsupportedField
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.outbox import Gauges, Outbox
 from slipstream_server.inference.engine.side_threads import SideThreads
 from slipstream_server.inference.generation import Admitted, Event, Finished, TaskResults
+from slipstream_server.logs import log_failure, unforeseen
 from slipstream_server.tasks.batching import Company, PieceQueue, TaskLimits, Work
 from slipstream_server.tasks.items import ItemError, TaskRequest, TaskResult
 from slipstream_server.tasks.runner import Piece, Runner
@@ -332,6 +333,6 @@ def _item_error(error: BaseException, doing: str) -> ItemError:
         if is_out_of_memory(error):
             error = OutOfMemory("the device has not enough memory for this input")
         else:
-            error = InternalError(f"internal error {log_failure(error, doing)}")
+            error = unforeseen(error, doing)
     field_name = error.violations[0].field if error.violations else ""
     return ItemError(error.reason, error.message, field_name)
