@@ -128,8 +128,9 @@ def _checked_facts(folder: Path, options: LoadOptions) -> ModelFacts:
         )
     if facts.is_quantized and options.quantization is not Quantization.NONE:
         raise UnsupportedField.of("quantization", f"the checkpoint is quantized already ({facts.quantization_method})")
-    if facts.is_quantized:
-        check_stored(contents.config, chain.from_iterable(read_header(folder / name) for name in contents.weight_files))
+    if facts.quantization_method is not None:
+        tensor_names = chain.from_iterable(read_header(folder / name) for name in contents.weight_files)
+        check_stored(facts.quantization_method, contents.config["quantization_config"], tensor_names)
     return facts
 
 

@@ -24,8 +24,8 @@ _PACKED_ROWS = 32
 _PACKED_COLUMNS = 64
 _MAX_WORDS_CHARS = 300
 _BITSANDBYTES_BY_BITS = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
-# What bitsandbytes stores beside the weights that it has quantized.
-_SCALES_OF_4_BITS, _SCALES_OF_8_BITS = ".absmax", ".SCB"
+# What bitsandbytes stores beside the weights that it has quantized, by the method that ``facts`` tells.
+_SCALES = {"nf4": ".absmax", "fp4": ".absmax", "int8": ".SCB"}
 
 
 def require_package(name: str, purpose: str) -> None:
@@ -34,22 +34,20 @@ def require_package(name: str, purpose: str) -> None:
         raise MissingDependency(f"{purpose}: the package {name} is not installed on this server")
 
 
-def check_stored(config: Mapping[str, Any], tensor_names: Iterable[str]) -> None:
-    """Raise where this build cannot read weights that are stored as ``config`` says, or where they are not stored so.
+def check_stored(method: str, stored: Mapping[str, Any], tensor_names: Iterable[str]) -> None:
+    """Raise where this build cannot read weights quantized by ``method``, or where they are not stored so; ``stored``
+    is the ``quantization_config`` of their configuration.
 
     transformers passes over a method that it does not know, and finds out about the rest in the first step.
     CorruptArtifact, MissingDependency or ModelLoadFailed.
     """
-    stored: Mapping[str, Any] = config["quantization_config"]
-    is_4_bit, is_8_bit = bool(stored.get("load_in_4bit")), bool(stored.get("load_in_8bit"))
-    if is_4_bit or is_8_bit:
-        suffix = _SCALES_OF_4_BITS if is_4_bit else _SCALES_OF_8_BITS
+    if (suffix := _SCALES.get(method)) is not None:
         if not any(name.endswith(suffix) for name in tensor_names):
             raise CorruptArtifact(
                 "config.json: quantization_config says that bitsandbytes has quantized the weights, and it has not; "
                 "without it they can be quantized while they are loaded"
             )
-    elif (method := str(stored.get("quant_method", "nothing"))) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    elif method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         known = ", ".join(sorted({"bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING} - _BITSANDBYTES_BY_BITS))
         raise ModelLoadFailed(
             f"config.json: quantization_config.quant_method: {method[:60]!a} is no method of transformers "

@@ -174,7 +174,7 @@ def test_what_bitsandbytes_has_stored_loads(built_models: ModelCopy, tmp_path: P
     [
         ("yes", CorruptArtifact, "quantization_config is no object"),
         ({"quant_method": "perpetuum"}, ModelLoadFailed, "'perpetuum' is no method"),
-        ({"bits": 4}, ModelLoadFailed, "'nothing' is no method"),
+        ({"bits": 4}, ModelLoadFailed, "'unknown' is no method"),
         (BITS_4, CorruptArtifact, "says that bitsandbytes has quantized the weights, and it has not"),
         ({"load_in_8bit": True}, CorruptArtifact, "says that bitsandbytes has quantized the weights, and it has not"),
         ({"quant_method": "aqlm", "nbits_per_codebook": 16}, MissingDependency, "aqlm"),
