@@ -955,8 +955,9 @@ class ImageInput(_message.Message):
 
     DATA_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """An encoded PNG, JPEG, WebP, BMP or GIF (first frame), told apart by its first bytes; at most 15 MiB and 64 megapixels
-    (mask-generation 16, image-to-image 2).
+    """An encoded PNG, JPEG, WebP, BMP or GIF (first frame), told apart by its first bytes; at most 15 MiB and 64 megapixels.
+    Some tasks allow less: mask-generation 16 megapixels, depth-estimation 3 unless `return_tensor` is off,
+    image-to-image 2, image-segmentation 1073 divided by the number of the model's labels or queries, whichever is larger.
     """
     def __init__(
         self,
