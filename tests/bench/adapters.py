@@ -243,7 +243,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory(prefix="slipstream-bench-") as folder:
         pins = save_adapters(loaded.model, Path(folder), TARGETS[arguments.targets])
         if loaded.device.type == "cpu":
-            pack_linears(loaded.model)
+            pack_linears(loaded.model, given_alike=True)
         bench = Bench(loaded, pins, arguments)
         await bench.run()
 

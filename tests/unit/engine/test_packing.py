@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -33,13 +34,55 @@ def test_a_packed_layer_gives_the_plain_product(rows: int, bias: bool) -> None:
     linear = nn.Linear(40, 24, bias=bias).eval()
     inputs = torch.randn(2, rows, 40)
     with torch.inference_mode():
-        torch.testing.assert_close(PackedLinear.of(linear)(inputs), linear(inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(PackedLinear.of(linear)[0](inputs), linear(inputs), rtol=1e-4, atol=1e-5)
 
 
-def test_a_packed_model_gives_the_same_answers() -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_packed_together_give_the_plain_products_whatever_they_are_given(bias: bool) -> None:
+    linears = [nn.Linear(40, width, bias=bias).eval() for width in (24, 8, 72)]
+    packed = PackedLinear.of(*linears)
+    once, other = torch.randn(1, 3, 40), torch.randn(1, 5, 40)
+    with torch.inference_mode():
+        # The same tensor for all, another one between them, one layer twice, and what a layer made changed in place.
+        for layer, inputs in [
+            (0, once),
+            (1, once),
+            (0, other),
+            (2, once),
+            (0, once),
+            (0, once),
+            (2, other),
+            (1, other),
+        ]:
+            outputs = packed[layer](inputs)
+            torch.testing.assert_close(outputs, linears[layer](inputs), rtol=1e-4, atol=1e-5)
+            outputs.zero_()
+
+
+def test_layers_that_are_given_alike_multiply_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = float32_model()
+    with torch.inference_mode():
+        expected = model(torch.arange(5)[None]).logits
+    assert pack_linears(model, given_alike=True) == 2 * 7 + 1
+    multiply = Mock(wraps=torch.ops.mkldnn._linear_pointwise)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", multiply)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(torch.arange(5)[None]).logits, expected, rtol=1e-4, atol=1e-4)
+    assert multiply.call_count == 2 * 4 + 1
+
+
+def test_layers_that_differ_in_kind_are_packed_alone() -> None:
+    attention = float32_model().model.layers[0].self_attn
+    attention.k_proj = nn.Linear(48, 24, bias=True)
+    assert pack_linears(attention, given_alike=True) == 4
+    assert len({layer._product for layer in attention.children()}) == 4
+
+
+@pytest.mark.parametrize("given_alike", [True, False])
+def test_a_packed_model_gives_the_same_answers(given_alike: bool) -> None:
     model = float32_model()
     packed = copy.deepcopy(model)
-    assert pack_linears(packed) == 2 * 7 + 1
+    assert pack_linears(packed, given_alike=given_alike) == 2 * 7 + 1
     asked = prompts([4, 20, 9])
     answers = Bench(packed).run(*[request(prompt) for prompt in asked])
     assert [answer.tokens[0] for answer in answers] == [generate_alone(model, p, max_new_tokens=12) for p in asked]
@@ -90,7 +133,7 @@ def own_mib():
 
 torch.set_num_threads(1)
 with torch.inference_mode():
-    layers = [PackedLinear.of(nn.Linear(size, 64)) for size in (64, 128, 192, 256)]
+    layers = [PackedLinear.of(nn.Linear(size, 64))[0] for size in (64, 128, 192, 256)]
     before = own_mib()
     for rows in range(1, 257):
         for layer in layers:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from slipstream_server.inference.engine import fused_kernels
-from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, rotates_halves
+from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, flat_items, rotates_halves
 from slipstream_server.inference.engine.paged_attention import SEAT, AttentionRule, CpuMemory, ShapeProbe, numpy_items
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -79,14 +79,13 @@ class _FusedLayer:
         self, memory: CpuMemory, states_1NW: torch.Tensor, cos_1ND: torch.Tensor, sin_1ND: torch.Tensor
     ) -> torch.Tensor:
         """``[1, N, H * D]`` from normed states."""
-        num_tokens = states_1NW.shape[1]
-        queries, keys, values = (
-            layer(states_1NW).view(num_tokens, -1, self._size) for layer in (self._queries, self._keys, self._values)
-        )
+        queries, keys, values = (project(states_1NW)[0] for project in (self._queries, self._keys, self._values))
+        num_tokens, width = queries.shape
         layer = getattr(self._attention, SEAT).layer
-        rotated_NHD = torch.empty(queries.shape, dtype=torch.float32)
+        rotated_NHD = torch.empty((num_tokens, width // self._size, self._size), dtype=torch.float32)
         fused_kernels.rotate_and_write(
-            *(numpy_items(states) for states in (queries, keys, values, cos_1ND[0], sin_1ND[0])),
+            *(item for states in (queries, keys, values) for item in (flat_items(states), states.stride(0))),
+            *(numpy_items(states[0]) for states in (cos_1ND, sin_1ND)),
             *memory.places(layer),
             numpy_items(rotated_NHD),
         )

@@ -131,7 +131,9 @@ class FusedGates:
             return self._original(states)
         gates, ups = self._gate(states)[0], self._up(states)[0]
         outputs_NW = torch.empty(gates.shape, dtype=gates.dtype)
-        fused_kernels.silu_times(_flat(gates), gates.stride(0), _flat(ups), ups.stride(0), numpy_items(outputs_NW))
+        fused_kernels.silu_times(
+            flat_items(gates), gates.stride(0), flat_items(ups), ups.stride(0), numpy_items(outputs_NW)
+        )
         result: torch.Tensor = self._down(outputs_NW[None])
         return result
 
@@ -174,11 +176,13 @@ def _rotated(states: torch.Tensor, cos_ND: npt.NDArray[Any], sin_ND: npt.NDArray
     """``[1, H, N, D]``, in memory by tokens."""
     _, num_heads, num_tokens, size = states.shape
     outputs_NHD = torch.empty((num_tokens, num_heads, size), dtype=states.dtype)
-    fused_kernels.rotate(_flat(states), states.stride(2), states.stride(1), cos_ND, sin_ND, numpy_items(outputs_NHD))
+    fused_kernels.rotate(
+        flat_items(states), states.stride(2), states.stride(1), cos_ND, sin_ND, numpy_items(outputs_NHD)
+    )
     return outputs_NHD.transpose(0, 1)[None]
 
 
-def _flat(tensor: torch.Tensor) -> npt.NDArray[Any]:
+def flat_items(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The memory from a tensor's first item to its last."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return numpy_items(tensor.as_strided((length,), (1,)))
