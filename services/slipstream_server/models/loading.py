@@ -1,5 +1,4 @@
-"""Turns a prepared folder into a model in memory. Lives in workers and in training: the only room here, beside
-``prepare``, that imports torch.
+"""Turns a prepared folder into a model in memory. Lives in workers and in training; imports torch.
 
 Never reads anything but safetensors, never runs a model's own code, never touches the network. A model that would come
 up with random weights where its checkpoint has none is a failure, not a warning. Blocks for as long as the weights
