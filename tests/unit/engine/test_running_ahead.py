@@ -231,5 +231,40 @@ def test_a_failure_is_the_failure_of_one_alone(where: str, monkeypatch: pytest.M
             assert answer.tokens[0] == list(alone("llama", each.prompt_token_ids, 6))
 
 
+def test_running_ahead_that_always_fails_is_given_up_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (prompt,) = prompts([9])
+    tried = []
+
+    def fails(*arguments: Any) -> Any:
+        tried.append(1)
+        raise RuntimeError("no room")
+
+    bench = ContinuousBench(packed("llama"), runs_ahead=True)
+    monkeypatch.setattr(PackedModel, "run_ahead", fails)
+    (answer,) = bench.run(request(prompt, 12))
+    assert answer.tokens[0] == list(alone("llama", prompt, 12))
+    assert len(tried) == 3
+    assert caplog.text.count("running ahead failed") == 3
+    assert "ends" in caplog.text
+
+
+def test_failures_ahead_that_others_succeed_between_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    run_ahead = PackedModel.run_ahead
+
+    def fails_at_times(*arguments: Any) -> Any:
+        tried.append(1)
+        return run_ahead(*arguments) if len(tried) % 3 == 0 else _fails()
+
+    bench = ContinuousBench(packed("llama"), runs_ahead=True)
+    monkeypatch.setattr(PackedModel, "run_ahead", fails_at_times)
+    (prompt,) = prompts([9])
+    (answer,) = bench.run(request(prompt, 12))
+    assert answer.tokens[0] == list(alone("llama", prompt, 12))
+    assert len(tried) == 11
+
+
 def _fails(*arguments: Any) -> Any:
     raise RuntimeError("no room")

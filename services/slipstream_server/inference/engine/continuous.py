@@ -53,10 +53,12 @@ from slipstream_server.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
+_MOST_FAILED_AHEAD = 3
+
 
 class ContinuousEngine:
-    """Serves one decoder-only model. ``max_draft_tokens`` 0: no speculation; ``runs_ahead``: without it, decode the
-    next token before this one is handed out, which pays where a device works beside the host.
+    """Serves one decoder-only model. ``max_draft_tokens`` 0: no speculation; ``runs_ahead``: where nothing is drafted,
+    the next forward begins before the token just chosen is handed out, which pays where a device works beside the host.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class ContinuousEngine:
         # Where the next step may bring drafts, its tokens are not known to be one for each row.
         self._runs_ahead = runs_ahead and not max_draft_tokens
         self._ahead: AheadLogits | None = None
+        self._num_failed_ahead = 0
 
     @property
     def num_steps(self) -> int:
@@ -275,10 +278,17 @@ class ContinuousEngine:
         except Exception as error:
             if is_fatal(error):
                 raise
-            # The step that wants it runs it again, and finds out whose fault it is.
-            logger.debug("running ahead failed: %s", error)
+            self._note_failed_ahead(error)
         else:
+            self._num_failed_ahead = 0
             self._ahead = AheadLogits([chunk.sequence for chunk in chunks], logits_AV)
+
+    def _note_failed_ahead(self, error: Exception) -> None:
+        """The step that wants the forward runs it again, and finds out whose fault it is; what always fails is left."""
+        self._num_failed_ahead += 1
+        self._runs_ahead = self._num_failed_ahead < _MOST_FAILED_AHEAD
+        then = "goes on" if self._runs_ahead else "ends, and steps are slower so"
+        logger.warning("running ahead failed %d times in a row and %s: %s", self._num_failed_ahead, then, error)
 
     def _takes_room_ahead(self, sequence: KVSequence) -> bool:
         """Whether a further token may follow the one just chosen; if so, it has room from now on."""
