@@ -74,6 +74,7 @@ class Worker:
             self._engine, ready = NullEngine(), null_facts()
         else:
             self._engine, ready = self._assemble(config)
+            # Tasks are run side by side, by threads of their own that come later and go anywhere.
             if ready.device == "cpu" and config.engine != "tasks":
                 from slipstream_server.inference.engine.cores import bind_team
 

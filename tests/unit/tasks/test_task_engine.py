@@ -53,6 +53,10 @@ def request(request_id: int, *texts: str, **rest: Any) -> TaskRequest:
     return TaskRequest(id=request_id, task="lengths", inputs=tuple(map(TextInput, texts)), **rest)
 
 
+def engine_of(runner: Lengths, **rest: Any) -> TaskEngine:
+    return TaskEngine({"lengths": runner}, LIMITS, run=lambda runner, pieces: runner.run(pieces), **rest)
+
+
 @pytest.fixture
 def runner() -> Lengths:
     return Lengths()
@@ -60,7 +64,7 @@ def runner() -> Lengths:
 
 @pytest.fixture
 def engine(runner: Lengths) -> Iterator[TaskEngine]:
-    engine = TaskEngine({"lengths": runner}, LIMITS, counting_tasks=frozenset({"lengths"}))
+    engine = engine_of(runner, counting_tasks=frozenset({"lengths"}))
     yield engine
     engine.close()
 
@@ -71,7 +75,7 @@ WORDS = ["a", "bbb", "ccccccc", "poison", "large", "unprepared", "unfinished", "
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.lists(st.sampled_from(WORDS), max_size=5), max_size=20), min_size=1, max_size=8))
 def test_every_input_is_answered_once_and_right_and_failures_stay_alone(wanted: list[list[list[str]]]) -> None:
-    engine = TaskEngine({"lengths": Lengths()}, LIMITS)
+    engine = engine_of(Lengths())
     asked = [request(number, *(" ".join(words) for words in texts)) for number, texts in enumerate(wanted)]
     found = answers(engine, asked)
     engine.close()
@@ -134,7 +138,7 @@ def test_waking_tells_the_owner_that_a_step_is_due(runner: Lengths) -> None:
     import threading
 
     woken = threading.Event()
-    engine = TaskEngine({"lengths": runner}, LIMITS, wake=woken.set)
+    engine = engine_of(runner, wake=woken.set)
     engine.submit(request(1, "abc"))
     assert woken.wait(10.0)
     drain(engine)

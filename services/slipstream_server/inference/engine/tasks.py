@@ -33,6 +33,7 @@ from slipstream_server.tasks.runner import Piece, Runner
 logger = logging.getLogger(__name__)
 
 _HANDFUL = 16
+_NUM_SIDE_THREADS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -77,8 +78,8 @@ class _Answered:
 class TaskEngine:
     """Serves the tasks of ``runners``, by task id.
 
-    ``wake`` is called from other threads when ``step`` has something to do. ``counting_tasks`` are those whose pieces
-    are measured in tokens, which TaskResults reports; ``run`` runs a batch, as ``Runner.run`` does.
+    ``run`` runs a batch, as ``Runner.run`` does. ``wake`` is called from other threads when ``step`` has something to
+    do. ``counting_tasks`` are those whose pieces are measured in tokens, which TaskResults reports.
     """
 
     def __init__(
@@ -86,10 +87,9 @@ class TaskEngine:
         runners: Mapping[str, Runner],
         limits: TaskLimits,
         *,
+        run: Callable[[Runner, Sequence[Piece]], Sequence[Any]],
         wake: Callable[[], None] = lambda: None,
         counting_tasks: frozenset[str] = frozenset(),
-        num_side_threads: int = 2,
-        run: Callable[[Runner, Sequence[Piece]], Sequence[Any]] = lambda runner, pieces: runner.run(pieces),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runners = dict(runners)
@@ -98,7 +98,7 @@ class TaskEngine:
         self._clock = clock
         self._queue = PieceQueue(limits)
         self._company = Company()
-        self._side: SideThreads[_Prepared | _Answered] = SideThreads(num_side_threads, wake)
+        self._side: SideThreads[_Prepared | _Answered] = SideThreads(_NUM_SIDE_THREADS, wake)
         self._live: dict[int, _Live] = {}
         self._parts: deque[list[Work]] = deque()
         self._num_preparing = 0
