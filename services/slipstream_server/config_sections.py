@@ -98,7 +98,9 @@ class InferenceConfig(ServiceConfig):
     memory_budget_bytes: int | None = setting(
         None, "memory that all models may hold together on each device; unset: memory_fraction of it", minimum=1 << 20
     )
-    threads: int | None = setting(None, "CPU threads of a worker; unset: torch's choice", minimum=1, maximum=1_024)
+    threads: int | None = setting(
+        None, "CPU threads of a worker; unset: one for each core it may use", minimum=1, maximum=1_024
+    )
     adapter_slots: int = setting(
         8, "adapters held on a model's device at once; 0: models are served without", minimum=0, maximum=1_024
     )
