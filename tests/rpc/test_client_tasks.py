@@ -114,6 +114,8 @@ async def test_the_command_line_runs_tasks(service: Service, tmp_path: Path) -> 
         ("zero-shot-classification", "--label"),
         ("text-ranking", "--document"),
         ("image-classification", "--file, a picture"),
+        ("visual-question-answering", "--file, a picture"),
+        ("document-question-answering", "--file inputs.jsonl"),
         ("table-question-answering", "--file inputs.jsonl"),
     ],
 )

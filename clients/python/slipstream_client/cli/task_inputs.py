@@ -20,9 +20,8 @@ _BESIDE_TEXT = {
     "zero_shot": "--label, once for each",
     "ranking": "--document, once for each",
     "similarity": "--document, once for each",
-    **dict.fromkeys(
-        ("image", "audio", "video", "visual_question", "document_question"), "--file, a picture, sound or film"
-    ),
+    **dict.fromkeys(("image", "audio", "video", "visual_question"), "--file, a picture, sound or film"),
+    "document_question": f"--file, a picture of the page, or where the model needs its words and their boxes, {_LINES}",
     "zero_shot_image": "--file, a picture, and --label, once for each",
     "zero_shot_audio": "--file, a sound, and --label, once for each",
 }
