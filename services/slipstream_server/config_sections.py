@@ -61,7 +61,9 @@ class InferenceConfig(ServiceConfig):
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
     device_map: str | None = setting(None, "transformers' device_map, as `auto` to spread over GPUs")
     dtype: str = setting("auto", "dtype of the weights", choices=("auto", "float32", "bfloat16", "float16"))
-    quantization: str = setting("none", "quantization at load, by bitsandbytes", choices=("none", "8bit", "4bit"))
+    quantization: str = setting(
+        "none", "quantization at load, by bitsandbytes", choices=("none", "int8", "nf4", "fp4", "8bit", "4bit")
+    )
     attention: str = setting(
         "auto",
         "attention implementation",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tests.unit.inference.conftest import llama_facts
 
+from slipstream_server.config import load_settings
 from slipstream_server.errors import CorruptArtifact, InvalidField, ModelNotFound, PermissionDenied, UnsupportedField
 from slipstream_server.inference.engines import CONTINUOUS, TASKS, engine_for
 from slipstream_server.inference.load_choice import LoadChoice
@@ -51,6 +52,14 @@ def test_what_is_not_chosen_is_the_operators() -> None:
     load = plan.worker.load
     assert (load.device_map, load.dtype, load.quantization) == ("auto", "float16", Quantization.EIGHT_BIT)
     assert (plan.worker.max_batch_size, plan.max_context_tokens) == (9, None)
+
+
+@pytest.mark.parametrize(
+    ("word", "held"), [("int8", "int8"), ("8bit", "int8"), ("4bit", "nf4"), ("nf4", "nf4"), ("fp4", "fp4")]
+)
+def test_the_operators_quantization_is_spelt_as_a_clients(word: str, held: str) -> None:
+    configured = load_settings(environment={}, flags={"inference.quantization": word}).inference.quantization
+    assert held_quantization(planned(LoadChoice(), quantization=configured)) == held
 
 
 def test_a_named_device_takes_the_place_of_the_operators_device_map() -> None:
