@@ -29,7 +29,7 @@ from slipstream_server.inference.calls import GenerateCall, StoppingChoice, Text
 from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import AdapterResolver, FrontConfig, InferenceFront, ModelPlan
 from slipstream_server.inference.model_loads import ModelLoads
-from slipstream_server.inference.model_records import Library
+from slipstream_server.inference.model_records import ModelRecords
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.streams import GenerationStream
@@ -128,17 +128,17 @@ async def model_service(
     front = InferenceFront(FrontConfig(restart=restart), registry=registry)
     database = Database(DatabaseConfig.sqlite(data / "inference.db"))
     await migrate(database, SCHEMA)
-    library = Library(database)
+    model_records = ModelRecords(database)
     room = DeviceRoom(
-        front, library, capacity={"cpu": 2**40}, budget=MemoryBudget({"cpu": budget_bytes}),
+        front, model_records, capacity={"cpu": 2**40}, budget=MemoryBudget({"cpu": budget_bytes}),
         reserve=reserve, measure=measure,
     )  # fmt: skip
     options = SourceOptions(cache_root=data / "cache", hub=HubAccess(is_offline=True, cache_folder=data / "hub"))
     fetcher = ModelFetcher(options, roots=(root,), own_root=data / "own")
     serving = defaults or ServingDefaults(batching="null", threads=1)
-    loads = ModelLoads(front, library, fetcher, room, serving)
+    loads = ModelLoads(front, model_records, fetcher, room, serving)
     places = ModelFolders(options=options, roots=(root,), own_root=data / "own", exports=data / "exports")
-    rooms = model_rooms(front, library, room, places, serving, resolve_adapter)
+    rooms = model_rooms(front, model_records, room, places, serving, resolve_adapter)
     mounts = [
         Mount(model_grpc.add_ModelServiceServicer_to_server, ModelServicer(front, loads, rooms)),
         Mount(inference_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(front)),

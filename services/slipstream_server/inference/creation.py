@@ -31,7 +31,7 @@ from slipstream_server.errors import (
     SlipstreamError,
     UnsupportedField,
 )
-from slipstream_server.inference.model_records import Library, NewModel, StoredModel
+from slipstream_server.inference.model_records import ModelRecords, NewModel, StoredModel
 from slipstream_server.models.architectures import ENDINGS
 from slipstream_server.models.cache import require_free_bytes, storage_errors
 from slipstream_server.models.config_checks import MAX_PARAMETERS, check_values, check_vocabulary, vocabulary_of
@@ -93,12 +93,12 @@ class ModelCreation:
 
     def __init__(
         self,
-        library: Library,
+        model_records: ModelRecords,
         configurations: Configurations,
         root: Path,
         report: Callable[[str, str, float], None] = lambda model, stage, fraction: None,
     ) -> None:
-        self._library = library
+        self._model_records = model_records
         self._configurations = configurations
         self._root = root
         self._report = report
@@ -114,7 +114,7 @@ class ModelCreation:
         DependencyUnavailable.
         """
         _check_request(request)
-        if request.model in self._library.records:
+        if request.model in self._model_records.by_name:
             raise ResourceExists(f"model_id: a model {request.model!r} exists; choose another id")
         base_model, config, source_folder = await self._base(request)
         async with self._checks:
@@ -145,7 +145,7 @@ class ModelCreation:
         async with self._beginning:  # so that there is still a place once the model is registered
             if self._waiting.full():
                 raise QueueFull(f"{_MAX_WAITING} models wait to be made already", retry_after_s=30.0)
-            record = await self._library.add(self._new_model(plan), key=key)
+            record = await self._model_records.add(self._new_model(plan), key=key)
             self._pending.add(name)
             self._waiting.put_nowait(plan)
         self._report(name, "waiting", 0.0)
@@ -172,11 +172,11 @@ class ModelCreation:
 
     async def _recover(self) -> None:
         await asyncio.to_thread(_remove_leftovers, self._root)
-        for name, record in list(self._library.records.items()):
+        for name, record in list(self._model_records.by_name.items()):
             if not record.creating or name in self._pending:
                 continue
             if (self._root / name / PROVENANCE).is_file():
-                await self._library.change(name, creating=False, folder=str(self._root / name))
+                await self._model_records.change(name, creating=False, folder=str(self._root / name))
             else:
                 await self._failed(name, InternalError("the service ended while it made this model; make it again"))
 
@@ -184,7 +184,7 @@ class ModelCreation:
         name = plan.request.model
         try:
             folder = await self._made(plan)
-            await self._library.change(name, creating=False, folder=str(folder))
+            await self._model_records.change(name, creating=False, folder=str(folder))
             logger.info("model %s was made: %s parameters", name, plan.num_parameters)
         except SlipstreamError as error:
             await self._failed(name, error)
@@ -198,7 +198,7 @@ class ModelCreation:
         """Keep why. Making goes on where the database cannot be written: the next start fails the model anew."""
         logger.warning("model %s could not be made: %s", name, error.message)
         try:
-            await self._library.change(
+            await self._model_records.change(
                 name, counts=False, creating=False, error_reason=error.reason, error_message=error.message
             )
         except SlipstreamError as failure:

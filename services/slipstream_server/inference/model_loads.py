@@ -29,7 +29,7 @@ from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import InferenceFront, ModelPlan
 from slipstream_server.inference.load_choice import LoadChoice
 from slipstream_server.inference.model_places import client_place, operator_place
-from slipstream_server.inference.model_records import Library, NewModel, StoredModel
+from slipstream_server.inference.model_records import ModelRecords, NewModel, StoredModel
 from slipstream_server.inference.model_states import ModelStates, ModelView
 from slipstream_server.inference.plans import ServingDefaults, plan_of
 from slipstream_server.inference.room import DeviceRoom
@@ -69,19 +69,19 @@ class ModelLoads:
     def __init__(
         self,
         front: InferenceFront,
-        library: Library,
+        model_records: ModelRecords,
         fetcher: ModelFetcher,
         room: DeviceRoom,
         defaults: ServingDefaults,
     ) -> None:
         self._front = front
-        self.model_records = library
+        self.model_records = model_records
         self._fetcher = fetcher
         self.room = room
         self._defaults = defaults
         self._deciding = asyncio.Lock()
         self._work: dict[str, asyncio.Task[None]] = {}
-        self.states = ModelStates(front, library, fetcher, room)
+        self.states = ModelStates(front, model_records, fetcher, room)
 
     # Life.
 
@@ -107,7 +107,7 @@ class ModelLoads:
     async def _note_flags(self, at_start: Mapping[str, str]) -> None:
         for name, spec in at_start.items():
             place = operator_place(spec)
-            record = self.model_records.records.get(name)
+            record = self.model_records.by_name.get(name)
             wanted: dict[str, Any] = {"at_start": True, "wanted": True, "pinned": True}
             if record is None:
                 new = NewModel(id=name, source=place.source, locator=place.locator, by_operator=True, **wanted)
@@ -117,7 +117,7 @@ class ModelLoads:
                 await self.model_records.change(name, **wanted)
             elif any(getattr(record, key) != value for key, value in wanted.items()):
                 await self.model_records.change(name, **wanted)
-        for name, record in list(self.model_records.records.items()):
+        for name, record in list(self.model_records.by_name.items()):
             if record.at_start and name not in at_start:
                 await self.model_records.change(name, at_start=False, wanted=False, pinned=False)
 
@@ -131,8 +131,8 @@ class ModelLoads:
 
     async def _restore(self) -> None:
         """One after the other: the operator's, the pinned, then what was loaded last."""
-        for record in sorted(self.model_records.records.values(), key=_restored_first):
-            current = self.model_records.records.get(record.id)
+        for record in sorted(self.model_records.by_name.values(), key=_restored_first):
+            current = self.model_records.by_name.get(record.id)
             if current is not None and current.wanted and record.id not in self._work:
                 await asyncio.wait({self._start(record.id, may_evict=False)})
 
@@ -146,7 +146,7 @@ class ModelLoads:
             if key is not None and (known := await self.model_records.answered(key)) is not None:
                 return self.states.view(known)
             model = await self._wished(wish)
-            record = self.model_records.records.get(wish.name)
+            record = self.model_records.by_name.get(wish.name)
             is_coming = record is not None and self._front.status(wish.name).state in _IN_MEMORY
             needed = {} if is_coming else await self._check(model)
             if not validate_only:
@@ -161,7 +161,7 @@ class ModelLoads:
 
     async def _wished(self, wish: LoadWish) -> NewModel:
         """The model as it would be recorded. Raises ResourceExists or WrongState where that contradicts what is."""
-        record = self.model_records.records.get(wish.name)
+        record = self.model_records.by_name.get(wish.name)
         if record is None:
             place = await asyncio.to_thread(client_place, wish.source or wish.name, wish.revision, self._fetcher.roots)
             return NewModel(
@@ -222,7 +222,7 @@ class ModelLoads:
     async def _bring(self, name: str, before: asyncio.Task[None] | None, *, may_evict: bool) -> None:
         if before is not None:
             await asyncio.wait({before})
-        record = self.model_records.records.get(name)
+        record = self.model_records.by_name.get(name)
         if record is None or not record.wanted:  # somebody has changed their mind meanwhile
             return
         try:

@@ -1,6 +1,6 @@
 """The models that the service knows, as they are stored: what is wanted, where it comes from, who registered it.
 
-Every change is one transaction and is seen in ``records`` once it is on disk. Knows neither workers nor memory. Lives
+Every change is one transaction and is seen in ``by_name`` once it is on disk. Knows neither workers nor memory. Lives
 on the service's event loop.
 """
 
@@ -64,29 +64,28 @@ class StoredModel(NewModel):
         return Path(self.folder) if self.folder else None
 
 
-class Library:
+class ModelRecords:
     """The models of one database.
 
-    ``records`` has all of them by name, as this process knows them; ``on_change`` hears of each
-    that was added or changed.
+    ``by_name`` has all of them as this process knows them; ``on_change`` hears of each that was added or changed.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self.records: dict[str, StoredModel] = {}
+        self.by_name: dict[str, StoredModel] = {}
         self.on_change: Callable[[str], None] = lambda name: None
 
     async def read(self) -> None:
-        """Fill ``records``."""
+        """Fill ``by_name``."""
         async with self._database.read() as session:
             rows = (await session.scalars(select(ModelRow).order_by(ModelRow.id))).all()
-        self.records = {row.id: _stored(row) for row in rows}
+        self.by_name = {row.id: _stored(row) for row in rows}
 
     def get(self, name: str) -> StoredModel:
         """Raises ModelNotFound."""
-        record = self.records.get(name)
+        record = self.by_name.get(name)
         if record is None:
-            raise ModelNotFound.named(name, self.records)
+            raise ModelNotFound.named(name, self.by_name)
         return record
 
     async def answered(self, key: RequestKey) -> str | None:
@@ -131,7 +130,7 @@ class Library:
         return record
 
     def _keep(self, record: StoredModel) -> None:
-        self.records[record.id] = record
+        self.by_name[record.id] = record
         self.on_change(record.id)
 
     async def fail(self, name: str, error: SlipstreamError) -> StoredModel:
@@ -145,7 +144,7 @@ class Library:
             _check_etag(row, etag)
             record = _stored(row)
             await session.execute(delete(ModelRow).where(ModelRow.id == name))
-        self.records.pop(name, None)
+        self.by_name.pop(name, None)
         return record
 
 

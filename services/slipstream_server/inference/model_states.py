@@ -14,7 +14,7 @@ from typing import Any
 from slipstream_server.errors import SlipstreamError
 from slipstream_server.inference.fetching import ModelFetcher, ModelFiles
 from slipstream_server.inference.front import InferenceFront, ModelPlan
-from slipstream_server.inference.model_records import Library, NewModel, StoredModel
+from slipstream_server.inference.model_records import ModelRecords, NewModel, StoredModel
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.supervisor import ModelState, ModelStatus
 from slipstream_server.inference.worker_errors import error_of
@@ -38,9 +38,11 @@ class ModelView:
 class ModelStates:
     """The models of one service as others see them. ``files`` has what the prepared folders tell, by model."""
 
-    def __init__(self, front: InferenceFront, library: Library, fetcher: ModelFetcher, room: DeviceRoom) -> None:
+    def __init__(
+        self, front: InferenceFront, model_records: ModelRecords, fetcher: ModelFetcher, room: DeviceRoom
+    ) -> None:
         self._front = front
-        self._library = library
+        self._model_records = model_records
         self._fetcher = fetcher
         self._room = room
         self.files: dict[str, ModelFiles] = {}
@@ -48,13 +50,13 @@ class ModelStates:
 
     def begin(self) -> None:
         """Show every model in the state in which the last process left it, and every change of a record from now on."""
-        for record in self._library.records.values():
+        for record in self._model_records.by_name.values():
             self._show(record)
-        self._library.on_change = self._recorded
+        self._model_records.on_change = self._recorded
 
     def _recorded(self, name: str) -> None:
         """A record has changed, perhaps by the hand of whoever makes models."""
-        record = self._library.records.get(name)
+        record = self._model_records.by_name.get(name)
         if record is not None:
             is_new = not self._front.knows(name)
             if record.creating or is_new or self._front.status(name).state is ModelState.CREATING:
@@ -99,7 +101,7 @@ class ModelStates:
 
     async def _learn(self, name: str) -> None:
         """Read what the prepared folder of a model tells, where it has one."""
-        record = self._library.records.get(name)
+        record = self._model_records.by_name.get(name)
         if record and (folder := record.known_folder) and (files := await self._fetcher.look_into(folder)):
             self.files[name] = files
             self._front.notify()
@@ -107,12 +109,12 @@ class ModelStates:
     def view(self, name: str) -> ModelView:
         """One model (empty: the default one). Raises ModelNotFound."""
         name = name or self._front.status("").model
-        return self._view(self._library.get(name), self._front.status(name))
+        return self._view(self._model_records.get(name), self._front.status(name))
 
     def views(self) -> Iterator[ModelView]:
         """All models by name."""
         for status in self._front.models():
-            if (record := self._library.records.get(status.model)) is not None:
+            if (record := self._model_records.by_name.get(status.model)) is not None:
                 yield self._view(record, status)
 
     def _view(self, record: StoredModel, status: ModelStatus) -> ModelView:
@@ -122,7 +124,7 @@ class ModelStates:
 
     def would_be(self, model: NewModel, needed_bytes: int) -> ModelView:
         """How a model would be shown that is not recorded so yet."""
-        is_known = model.id in self._library.records
+        is_known = model.id in self._model_records.by_name
         status = self._front.status(model.id) if is_known else ModelStatus(model=model.id, state=ModelState.UNLOADED)
         return ModelView(record=model, status=status, files=self.files.get(model.id), needed_bytes=needed_bytes)
 
@@ -131,7 +133,7 @@ class ModelStates:
         if error is not None:
             changes |= {"error_reason": error.reason, "error_message": error.message}
         try:
-            if name in self._library.records:
-                await self._library.change(name, counts=False, **changes)
+            if name in self._model_records.by_name:
+                await self._model_records.change(name, counts=False, **changes)
         except SlipstreamError as failure:
             logger.warning("model %s: what became of it could not be stored: %s", name, failure.message)

@@ -15,7 +15,7 @@ from slipstream_server.errors import OutOfMemory, SlipstreamError
 from slipstream_server.inference.budget import Candidate, MemoryBudget
 from slipstream_server.inference.footprint import footprint
 from slipstream_server.inference.front import InferenceFront, ModelPlan
-from slipstream_server.inference.model_records import Library
+from slipstream_server.inference.model_records import ModelRecords
 from slipstream_server.inference.supervisor import ModelState
 from slipstream_server.storage.device_ledger import gib
 
@@ -37,7 +37,7 @@ class DeviceRoom:
     def __init__(
         self,
         front: InferenceFront,
-        library: Library,
+        model_records: ModelRecords,
         *,
         capacity: Mapping[str, int],
         budget: MemoryBudget,
@@ -45,7 +45,7 @@ class DeviceRoom:
         measure: Measure = footprint,
     ) -> None:
         self._front = front
-        self._library = library
+        self._model_records = model_records
         self.capacity = capacity
         self.budget = budget
         self._reserve = reserve
@@ -122,7 +122,7 @@ class DeviceRoom:
             raise
 
     def _unpinned(self) -> Iterator[Candidate]:
-        for name, record in self._library.records.items():
+        for name, record in self._model_records.by_name.items():
             if not record.pinned and self._front.is_served(name):
                 yield Candidate(name=name, last_used_s=self._front.last_used_s(name))
 

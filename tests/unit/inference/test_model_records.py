@@ -9,7 +9,7 @@ import pytest
 
 from slipstream_server.errors import ModelLoadFailed, ModelNotFound, RequestIdReused, ResourceExists, StaleEtag
 from slipstream_server.inference.load_choice import LoadChoice
-from slipstream_server.inference.model_records import Library, NewModel
+from slipstream_server.inference.model_records import ModelRecords, NewModel
 from slipstream_server.inference.tables import SCHEMA
 from slipstream_server.storage.database import Database, DatabaseConfig
 from slipstream_server.storage.migrations import drift, migrate
@@ -32,48 +32,48 @@ async def test_the_revisions_make_the_declared_tables(database: Database) -> Non
 
 
 async def test_what_is_stored_is_read_by_the_next_process(database: Database) -> None:
-    library = Library(database)
-    await library.add(MODEL)
-    await library.change("tiny", wanted=True, folder="somewhere")
-    again = Library(database)
+    records = ModelRecords(database)
+    await records.add(MODEL)
+    await records.change("tiny", wanted=True, folder="somewhere")
+    again = ModelRecords(database)
     await again.read()
-    assert again.records == library.records
+    assert again.by_name == records.by_name
     assert (again.get("tiny").options, again.get("tiny").owner) == (CHOICE, "ada")
     with pytest.raises(ResourceExists):
         await again.add(MODEL)
 
 
 async def test_a_change_of_the_wish_changes_the_etag_and_a_note_does_not(database: Database) -> None:
-    library = Library(database)
+    records = ModelRecords(database)
     heard: list[str] = []
-    library.on_change = heard.append
-    first = await library.add(MODEL)
-    noted = await library.fail("tiny", ModelLoadFailed("no"))
+    records.on_change = heard.append
+    first = await records.add(MODEL)
+    noted = await records.fail("tiny", ModelLoadFailed("no"))
     assert (noted.etag, noted.error_reason) == (first.etag, "MODEL_LOAD_FAILED")
-    changed = await library.change("tiny", etag=first.etag, pinned=True)
+    changed = await records.change("tiny", etag=first.etag, pinned=True)
     assert changed.etag != first.etag
     with pytest.raises(StaleEtag):
-        await library.change("tiny", etag=first.etag, pinned=False)
+        await records.change("tiny", etag=first.etag, pinned=False)
     with pytest.raises(StaleEtag):
-        await library.remove("tiny", etag=first.etag)
-    assert library.get("tiny").pinned
+        await records.remove("tiny", etag=first.etag)
+    assert records.get("tiny").pinned
     assert heard == ["tiny"] * 3
     with pytest.raises(ModelNotFound, match="did you mean 'tiny'"):
-        library.get("tini")
-    await library.remove("tiny", etag=changed.etag)
+        records.get("tini")
+    await records.remove("tiny", etag=changed.etag)
     with pytest.raises(ModelNotFound):
-        library.get("tiny")
+        records.get("tiny")
 
 
 async def test_a_request_is_remembered_with_what_it_did(database: Database) -> None:
-    library = Library(database)
+    records = ModelRecords(database)
 
     def key(request: bytes) -> RequestKey:
         return RequestKey.of(owner="ada", method="LoadModel", request_id="once", request=request)
 
     async with database.write():  # it asks while others write
-        assert await library.answered(key(b"a")) is None
-    await library.add(MODEL, key=key(b"a"))
-    assert await library.answered(key(b"a")) == "tiny"
+        assert await records.answered(key(b"a")) is None
+    await records.add(MODEL, key=key(b"a"))
+    assert await records.answered(key(b"a")) == "tiny"
     with pytest.raises(RequestIdReused):
-        await library.answered(key(b"b"))
+        await records.answered(key(b"b"))

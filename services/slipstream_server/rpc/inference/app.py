@@ -24,7 +24,7 @@ from slipstream_server.inference.expected import RETRY_AFTER_S
 from slipstream_server.inference.fetching import ModelFetcher
 from slipstream_server.inference.front import FrontConfig, InferenceFront
 from slipstream_server.inference.model_loads import ModelLoads
-from slipstream_server.inference.model_records import Library
+from slipstream_server.inference.model_records import ModelRecords
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.inference.supervisor import ModelState
@@ -55,8 +55,8 @@ async def run(settings: Settings) -> int:
     default_model = config.default_model or next(iter(at_start), "")
     registry = new_registry()
     front = InferenceFront(_front_config(settings, default_model), registry=registry)
-    async with _library(settings) as library, _adapters(settings, front, library) as adapters:
-        loads = await _loads(settings, front, library)
+    async with _model_records(settings) as model_records, _adapters(settings, front, model_records) as adapters:
+        loads = await _loads(settings, front, model_records)
         rooms = await _rooms(settings, front, loads, adapters)
         background: dict[str, Callable[[], Awaitable[None]]] = {
             "front": front.wait_stopped,
@@ -69,8 +69,8 @@ async def run(settings: Settings) -> int:
         await front.start()
         try:
             await loads.begin(at_start)
-            if default_model and default_model not in library.records:
-                known = ", ".join(library.records) or "none"
+            if default_model and default_model not in model_records.by_name:
+                known = ", ".join(model_records.by_name) or "none"
                 raise ConfigError([f"inference.default_model: {default_model!r} is not one of the models: {known}"])
             mounts = _mounts(front, loads, rooms, default_model)
             return await run_service(
@@ -83,24 +83,24 @@ async def run(settings: Settings) -> int:
 
 
 @asynccontextmanager
-async def _library(settings: Settings) -> AsyncIterator[Library]:
+async def _model_records(settings: Settings) -> AsyncIterator[ModelRecords]:
     """The list of models, its database brought to this build's schema."""
     url = settings.inference.database_url
     file = settings.common.data_dir / "inference" / "inference.db"
     database = Database(DatabaseConfig.sqlite(file) if url is None else DatabaseConfig(dsn=url))
     try:
         await migrate(database, SCHEMA)
-        yield Library(database)
+        yield ModelRecords(database)
     finally:
         await database.close()
 
 
-async def _loads(settings: Settings, front: InferenceFront, library: Library) -> ModelLoads:
+async def _loads(settings: Settings, front: InferenceFront, model_records: ModelRecords) -> ModelLoads:
     config = settings.inference
     capacity = await asyncio.to_thread(device_memory)
     room = DeviceRoom(
         front,
-        library,
+        model_records,
         capacity=capacity,
         budget=MemoryBudget(budget_bytes(config, capacity)),
         reserve=reserving(DeviceLedger(settings.common.data_dir), config, capacity),
@@ -111,7 +111,7 @@ async def _loads(settings: Settings, front: InferenceFront, library: Library) ->
         own_root=_own_root(settings),
         tokenizer=config.tokenizer,
     )
-    return ModelLoads(front, library, fetcher, room, _defaults(settings))
+    return ModelLoads(front, model_records, fetcher, room, _defaults(settings))
 
 
 async def _rooms(
@@ -149,7 +149,7 @@ def _mounts(front: InferenceFront, loads: ModelLoads, rooms: ModelRooms, default
 
 
 def _adapters(
-    settings: Settings, front: InferenceFront, library: Library
+    settings: Settings, front: InferenceFront, model_records: ModelRecords
 ) -> AbstractAsyncContextManager[FrontAdapters | None]:
     """The adapters of the front's models; None where no registry is configured, or no slots for its adapters."""
     peer = registry_peer(settings)
@@ -157,7 +157,7 @@ def _adapters(
         return nullcontext()
 
     def base_of(model: str) -> ServingBase:
-        plan, record = front.plan(model), library.get(model)
+        plan, record = front.plan(model), model_records.get(model)
         folder = record.known_folder if plan is None else plan.folder
         if folder is None:
             raise ModelNotReady(f"model {model} is being prepared", retry_after_s=RETRY_AFTER_S)

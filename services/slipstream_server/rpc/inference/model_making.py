@@ -19,7 +19,7 @@ from slipstream_server.errors import InvalidField, UnsupportedField, WrongState
 from slipstream_server.inference.creation import CreationPlan, CreationRequest, ModelCreation
 from slipstream_server.inference.exports import DEFAULT_SHARD_BYTES, ExportRequest, Exports, chunks_of
 from slipstream_server.inference.front import AdapterResolver
-from slipstream_server.inference.model_records import Library
+from slipstream_server.inference.model_records import ModelRecords
 from slipstream_server.models.facts import ModelFacts, read_facts
 from slipstream_server.models.tool_process import ToolProgress
 from slipstream_server.resource_names import ModelName, check_id
@@ -39,7 +39,7 @@ PROGRESS_EVERY_S = 0.5
 class MakingRooms:
     """What CreateModel and ExportModel work with. ``resolve_adapter`` is None where no registry is configured."""
 
-    model_records: Library
+    model_records: ModelRecords
     creation: ModelCreation
     exports: Exports
     resolve_adapter: AdapterResolver | None = None

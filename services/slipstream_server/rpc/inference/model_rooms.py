@@ -9,7 +9,7 @@ from slipstream_server.inference.creation import ModelCreation
 from slipstream_server.inference.exports import Exports
 from slipstream_server.inference.front import AdapterResolver, InferenceFront
 from slipstream_server.inference.memory_advice import MemoryAdviser
-from slipstream_server.inference.model_records import Library
+from slipstream_server.inference.model_records import ModelRecords
 from slipstream_server.inference.plans import ServingDefaults
 from slipstream_server.inference.room import DeviceRoom
 from slipstream_server.models.configurations import Configurations
@@ -44,7 +44,7 @@ class ModelRooms:
 
 def model_rooms(
     front: InferenceFront,
-    library: Library,
+    model_records: ModelRecords,
     room: DeviceRoom,
     places: ModelFolders,
     defaults: ServingDefaults,
@@ -53,17 +53,19 @@ def model_rooms(
     """The rooms of one service. Removes what exports of an earlier process left: blocking, at start only."""
 
     def known_folder(name: str) -> Path | None:
-        record = library.records.get(name)
+        record = model_records.by_name.get(name)
         return None if record is None or record.creating else record.known_folder
 
     options = replace(places.options, allowed_roots=places.roots)
     configurations = Configurations(options, known_folder)
     exports = Exports(places.exports)
     exports.tidy()
-    creation = ModelCreation(library, configurations, places.own_root, front.report)
+    creation = ModelCreation(model_records, configurations, places.own_root, front.report)
     left_bytes = room.budget.left_bytes
     return ModelRooms(
-        making=MakingRooms(model_records=library, creation=creation, exports=exports, resolve_adapter=resolve_adapter),
+        making=MakingRooms(
+            model_records=model_records, creation=creation, exports=exports, resolve_adapter=resolve_adapter
+        ),
         advice=AdviceRooms(
             configurations=configurations,
             adviser=MemoryAdviser(defaults, room.capacity, left_bytes),
