@@ -54,6 +54,17 @@ BUILDERS: dict[str, Callable[[], Any]] = {
             shared_expert_intermediate_size=16,
         )
     ),
+    # A window that only the masks of its own attention know.
+    "qwen2_moe-sliding": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(
+            **_QWEN2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+        )
+    ),
+    # Attention in pieces, which only its masks know.
+    "llama4": lambda: hf.Llama4ForCausalLM(
+        hf.Llama4TextConfig(**_LLAMA, **_SPREAD, head_dim=8, intermediate_size_mlp=48, attention_chunk_size=8)
+    ),
     "falcon-rope": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_COMMON, **_SPREAD, alibi=False)),
     "falcon-alibi": lambda: hf.FalconForCausalLM(hf.FalconConfig(**_COMMON, **_SPREAD, alibi=True)),
     "bloom": lambda: hf.BloomForCausalLM(

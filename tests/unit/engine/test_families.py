@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.unit.engine.continuous_driving import ContinuousBench, packed, reference
 from tests.unit.engine.decoders import VOCAB, build
 from tests.unit.engine.driving import generate_alone, prompts, request
@@ -49,7 +50,8 @@ IN_FLOAT32 = [
 ]
 PADDED = {
     "falcon-rope": "AttentionInterface", "falcon-alibi": "AttentionInterface", "bloom": "position_ids",
-    "mpt": "position_ids", "mamba": "position_ids",
+    "mpt": "position_ids", "mamba": "position_ids", "qwen2_moe-sliding": "only its masks",
+    "llama4": "chunked_attention",
 }  # fmt: skip
 LENGTHS = [1, 33, 70]
 NUM_NEW = 10
@@ -138,11 +140,32 @@ def test_windows_matter_to_these_models(name: str) -> None:
 
 @pytest.mark.parametrize("name", PADDED)
 def test_what_cannot_run_from_blocks_is_refused_by_name(name: str) -> None:
-    model = build(name)
+    model = build(name, torch.float32)
     before = model.config._attn_implementation
     with pytest.raises(UnsupportedAttention, match=PADDED[name]):
         PackedModel(Traits.of(model))
     assert model.config._attn_implementation == before
+
+
+def test_what_fails_when_it_runs_from_blocks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise ValueError("no kernel for such a head")
+
+    monkeypatch.setattr(CpuMemory, "lay_out", fails)
+    with pytest.raises(UnsupportedAttention, match=r"from blocks \(ValueError\)"):
+        PackedModel(Traits.of(build("llama")))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_adapters_that_come_with_a_checkpoint_hide_nothing(name: str) -> None:
+    bare = build(name)
+    adapted = get_peft_model(bare, LoraConfig(r=2, task_type="CAUSAL_LM", init_lora_weights=False))
+    traits = Traits.of(adapted)
+    assert (traits.takes_position_ids, traits.takes_logits_to_keep) == (True, True)
+    (prompt,) = prompts([40])
+    expected = generate_alone(adapted, prompt, max_new_tokens=8)
+    (answer,) = ContinuousBench(PackedModel(traits)).run(request(prompt, 8))
+    assert answer.tokens[0] == expected
 
 
 @pytest.mark.parametrize(("name", "batching"), [("falcon-alibi", "padded"), ("opt", "continuous")])

@@ -43,31 +43,34 @@ def triton_kernels() -> ModuleType:
 class Case:
     """Sequences with blocks in disorder: what they hold, written out, and the memory under test."""
 
-    def __init__(self, kernels: ModuleType, heads: tuple[int, int], size: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, kernels: ModuleType, heads: tuple[int, int], size: int, dtype: torch.dtype, value_size: int = 0
+    ) -> None:
         self.num_query_heads, self.num_heads = heads
-        self.size, self.dtype = size, dtype
+        self.size, self.value_size, self.dtype = size, value_size or size, dtype
         self.generator = torch.Generator().manual_seed(3)
-        shape = LayerShape(num_heads=self.num_heads, key_size=size, value_size=size)
+        shape = LayerShape(num_heads=self.num_heads, key_size=size, value_size=self.value_size)
         self.memory = GpuMemory([shape], 40, dtype, [CPU], kernels)
         for states in (*self.memory._keys, *self.memory._values):
             # Whatever is read without having been written shows.
             states.fill_(torch.nan)
         self.blocks = np.random.default_rng(3).permutation(40).astype(np.int32).reshape(5, 8)
-        self.held: list[list[torch.Tensor]] = [[], [], [], [], []]
+        self.held: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], [], [], [], []]
 
     def step(self, counts: Sequence[int], firsts: Sequence[int], **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """What the memory answers, and what plain attention does, ``[N, H, D]``."""
         layout = layout_of(counts, firsts, self.blocks)
         num_tokens = layout.starts[-1]
         queries = self._random(num_tokens, self.num_query_heads)
-        keys, values = self._random(num_tokens, self.num_heads), self._random(num_tokens, self.num_heads)
+        keys, wide = self._random(num_tokens, self.num_heads), self._random(num_tokens, self.num_heads)
+        values = wide[..., : self.value_size]
         self.memory.lay_out(layout)
         rule = AttentionRule(scale=0.3, **options)
         found = self.memory.attend(0, queries, keys, values, rule)[0]
         outputs = []
         for row, (start, end) in enumerate(zip(layout.starts, layout.starts[1:], strict=False)):
             for n in range(start, end):
-                self.held[row].append(torch.stack([keys[0, :, n], values[0, :, n]]))
+                self.held[row].append((keys[0, :, n], values[0, :, n]))
                 outputs.append(self._by_hand(queries[0, :, n], self.held[row], rule))
         return found, torch.stack(outputs)
 
@@ -75,8 +78,10 @@ class Case:
         states = torch.randn(1, num_tokens, num_heads, self.size, generator=self.generator, dtype=self.dtype)
         return states.transpose(1, 2)
 
-    def _by_hand(self, query_HD: torch.Tensor, held: Sequence[torch.Tensor], rule: AttentionRule) -> torch.Tensor:
-        keys_TKD, values_TKD = torch.stack(list(held[-rule.window :])).unbind(1)
+    def _by_hand(
+        self, query_HD: torch.Tensor, held: Sequence[tuple[torch.Tensor, ...]], rule: AttentionRule
+    ) -> torch.Tensor:
+        keys_TKD, values_TKD = (torch.stack(states) for states in zip(*held[-rule.window :], strict=True))
         outputs = []
         for head in range(self.num_query_heads):
             of = head * self.num_heads // self.num_query_heads
@@ -118,6 +123,15 @@ def test_a_context_in_parts_is_the_same(kernels: ModuleType, parts: int, monkeyp
     for number in range(2):
         found, expected = case.step(counts, [before + number for before in befores])
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+def test_keys_wider_than_values(kernels: ModuleType) -> None:
+    """As multi-head latent attention has them: together they are no power of two."""
+    case = Case(kernels, heads=(2, 2), size=192, dtype=torch.float32, value_size=128)
+    counts, befores = DECODING
+    case.step(befores, (0, 0, 0))
+    found, expected = case.step(counts, befores)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_rows_with_drafts_among_those_that_decode(kernels: ModuleType) -> None:

@@ -239,8 +239,7 @@ def _attend(
         # Decoding rows are the first of the step, one token each.
         parts_PNHD = outputs_NHD.new_empty((parts, num_tiles, *outputs_NHD.shape[1:]), dtype=sums)
         largest_PNH, totals_PNH = (parts_PNHD.new_empty(parts_PNHD.shape[:3]) for _ in range(2))
-    row_bytes = (_columns(key_size) + _columns(value_size)) * keys_BKLD.element_size()
-    keys_at_once = max(_LEAST_DOT_ROWS, min(_KEYS_AT_ONCE, _BYTES_AT_ONCE // row_bytes))
+    keys_at_once = keys_per_read((_columns(key_size) + _columns(value_size)) * keys_BKLD.element_size())
     group_width = _width(group)
     tile = max(tiles.most, -(-_LEAST_DOT_ROWS // group_width))
     attend_tiles[(num_tiles, num_heads, parts)](
@@ -257,6 +256,12 @@ def _attend(
             parts_PNHD, largest_PNH, totals_PNH, outputs_NHD, num_tiles * num_query_heads,
             value_size, _columns(value_size), parts,
         )  # fmt: skip
+
+
+def keys_per_read(row_bytes: int) -> int:
+    """How many keys and values of so many bytes are read at once, a power of two."""
+    fitting = max(_LEAST_DOT_ROWS, min(_KEYS_AT_ONCE, _BYTES_AT_ONCE // row_bytes))
+    return 1 << (fitting.bit_length() - 1)
 
 
 def tile_tokens(group: int) -> int:

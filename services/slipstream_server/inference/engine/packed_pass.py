@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 _PROBE_TOKENS = BLOCK_TOKENS + 5
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _COARSE_TOLERANCE = 0.1
+_LAYER_KINDS = {"full_attention", "sliding_attention"}
 
 
 class PackedModel:
@@ -58,16 +59,21 @@ class PackedModel:
             raise UnsupportedAttention("a forward without position_ids")
         if not self._model._can_set_attn_implementation():
             raise UnsupportedAttention("attention that does not go through AttentionInterface")
+        # The last states of a model on several devices are on another one than the index.
+        is_on_one = len({parameter.device for parameter in self._model.parameters()}) == 1
+        self._takes_logits_to_keep = traits.takes_logits_to_keep and is_on_one
         self._rotary: Callable[[], AbstractContextManager[None]] = nullcontext
         self._decoder: FusedDecoder | None = None
         probe = self._probe()
         layers = range(len(probe.shapes))
         self._shapes = [probe.shapes[layer] for layer in layers]
         self._devices = [probe.devices[layer] for layer in layers]
+        self._check_rules(probe)
         expected_TV = self._expected()
         if self._is_on_cpu:
             self._fuse(probe)
-        self._check(expected_TV)
+        with _said_as("a forward from blocks"):
+            self._check(expected_TV)
 
     def _fuse(self, probe: ShapeProbe) -> None:
         # Compilers take a second to import, and a GPU does without.
@@ -204,7 +210,7 @@ class PackedModel:
         as_one: bool = True,
     ) -> torch.Tensor:
         """The model's own logits: those of all positions, or of those that are wanted."""
-        is_taken = index_M is not None and self.traits.takes_logits_to_keep
+        is_taken = index_M is not None and self._takes_logits_to_keep
         extra = {"logits_to_keep": index_M} if is_taken else {}
         with self._fused(as_one):
             output = self._model(
@@ -221,16 +227,27 @@ class PackedModel:
         seats = seat(self._model, probe)
         self._model.set_attn_implementation(ATTENTION)
         try:
-            self._forward(torch.zeros(2, dtype=torch.int64), np.arange(2), np.arange(2))
-        except UnsupportedAttention:
-            raise
-        except Exception as error:
-            raise UnsupportedAttention(f"a forward without a cache ({type(error).__name__})") from error
+            with _said_as("a forward without a cache"):
+                self._forward(torch.zeros(2, dtype=torch.int64), np.arange(2), np.arange(2))
         finally:
             self._model.set_attn_implementation(self._own_attention)
         if not seats or sorted(probe.shapes) != list(range(len(probe.shapes))) or not probe.shapes:
             raise UnsupportedAttention("layers that are not all attention")
         return probe
+
+    def _check_rules(self, probe: ShapeProbe) -> None:
+        """Refuse what would show only behind more tokens than the probes have."""
+        config = self._model.config.get_text_config(decoder=True)
+        kinds = getattr(config, "layer_types", None) or []
+        if unknown := sorted(set(kinds) - _LAYER_KINDS):
+            raise UnsupportedAttention(f"layers of {', '.join(unknown)}")
+        window = getattr(config, "sliding_window", None) or sys.maxsize
+        if window >= (self.traits.context_tokens or sys.maxsize):
+            return
+        windows = [probe.rules[layer].window for layer in range(len(probe.rules))]
+        sliding = [width for width, kind in zip(windows, kinds, strict=False) if kind == "sliding_attention"]
+        if not all(sliding) if kinds else not any(windows):
+            raise UnsupportedAttention("a sliding window that only its masks know of")
 
     @property
     def _probe_ids(self) -> Any:
@@ -272,6 +289,17 @@ class PackedModel:
         difference = float((found - expected.to(found.device)).abs().max()) / scale
         if not difference <= _TOLERANCE.get(self._model.dtype, _COARSE_TOLERANCE):
             raise UnsupportedAttention(f"answers that differ by {difference:.2g} when it is run from blocks")
+
+
+@contextlib.contextmanager
+def _said_as(what: str) -> Iterator[None]:
+    """Whatever fails within it, but for want of memory, is UnsupportedAttention, with its name."""
+    try:
+        yield
+    except (UnsupportedAttention, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedAttention(f"{what} ({type(error).__name__})") from error
 
 
 def num_wanted(chunk: Chunk) -> int:

@@ -38,6 +38,10 @@ _TILED_FROM_TOKENS = 12
 _TILED_FROM_SEEN = 256
 
 
+# What attention functions are given by some models, and reading from blocks does not know.
+_REFUSED_OPTIONS = ("s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices")
+
+
 class UnsupportedAttention(Exception):
     """The model's attention wants something that reading from blocks does not do."""
 
@@ -272,7 +276,7 @@ def _attend_from_blocks(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls in place of an attention function."""
-    for name in ("s_aux", "position_bias", "head_mask"):
+    for name in _REFUSED_OPTIONS:
         if options.get(name) is not None:
             raise UnsupportedAttention(f"attention with {name}")
     if options.get("is_causal") is False or not getattr(module, "is_causal", True):

@@ -42,7 +42,9 @@ class Traits:
         """The traits of a transformers model with a language-model head."""
         config, generation = model.config, model.generation_config
         text_config = config.get_text_config(decoder=True)
-        arguments = inspect.signature(model.forward).parameters
+        # Adapters that a checkpoint brings along hide the arguments, and pass them on.
+        own = model.get_base_model() if hasattr(model, "get_base_model") else model
+        arguments = inspect.signature(own.forward).parameters
         return cls(
             model=model,
             device=model.get_input_embeddings().weight.device,
