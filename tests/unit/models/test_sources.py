@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from slipstream_server.errors import (
     UnsafeWeights,
 )
 from slipstream_server.models import preparation, sources
+from slipstream_server.models.cache import ModelCache
 from slipstream_server.models.catalogue import Catalogue, CatalogueEntry, PackageSource, load_catalogue
 from slipstream_server.models.facts import read_facts
 from slipstream_server.models.hub import HubAccess
@@ -318,6 +320,20 @@ class TestCatalogue:
         assert [(made.folder / "signature.txt").read_text() for made in (first, second)] == ["first", "second"]
         monkeypatch.setattr(sources, "run_sentiment_recipe", None)
         assert resolve("judge", options=options) == second
+
+    def test_only_the_source_that_delivered_tells_the_recipe(
+        self, options: SourceOptions, small_catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = fine_tuned_from("small")
+        both = replace(made, sources=(small_catalogue.get("small").sources[1], *made.sources))
+        options = with_catalogue(options, Catalogue({**small_catalogue.entries, "judge": both}))
+        first = resolve("judge", options=options)
+        pointer = ModelCache(options.cache_root).recall("judge")
+        assert pointer is not None
+        assert pointer["recipe"] == ""
+        monkeypatch.setattr(sources, "sentiment_recipe", lambda: "another")
+        monkeypatch.setattr(sources._Resolver, "_fetch", None)
+        assert resolve("judge", options=options) == first
 
     def test_a_recipe_is_told_apart_by_its_program(self) -> None:
         program = Path(preparation.__file__).with_name("sentiment.py")
