@@ -51,6 +51,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def __post_init__(self) -> None:
         if self.engine != "null" and self.model_folder is None:
             raise ValueError("model_folder is needed by every engine but null")
+        if self.engine == "tasks" and not self.tasks:
+            raise ValueError("tasks are needed by the engine tasks")
         for name, value, least in (
             ("threads", self.threads, 0),
             ("max_step_tokens", self.max_step_tokens, 0),

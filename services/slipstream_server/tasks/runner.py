@@ -28,7 +28,9 @@ class Piece:
 
 
 class Runner(Protocol):
-    """One task on one model. ``prepare`` and ``finish`` may run on a helper thread, ``run`` on the engine's only."""
+    """One task on one model. ``prepare`` and ``finish`` may run on a helper thread, ``run`` on the engine's; where
+    passes of the model do not disturb each other, the engine may ``run`` parts of one batch on several threads at once.
+    """
 
     def prepare(self, item: TaskInput, parameters: Mapping[str, Any]) -> Sequence[Piece]:
         """The pieces of one input; raises a SlipstreamError that fails this input alone."""

@@ -245,10 +245,18 @@ def test_a_configuration_survives_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_batch_size": 0}, {"max_batch_tokens": -1}, {"threads": -1}, {"engine": "padded"}]
+    ("fields", "named"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_batch_tokens": -1}, "max_batch_tokens"),
+        ({"threads": -1}, "threads"),
+        ({"engine": "padded"}, "model_folder"),
+        ({"engine": "tasks", "tasks": ("fill-mask",)}, "model_folder"),
+        ({"engine": "tasks", "model_folder": Path("model")}, "tasks"),
+    ],
 )
-def test_a_bad_configuration_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(fields)) if "engine" not in fields else "model_folder"):
+def test_a_bad_configuration_is_refused(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         WorkerConfig(**{"engine": "null", **fields})
 
 

@@ -159,7 +159,7 @@ def test_on_a_cpu_a_short_text_waits_for_no_more_than_a_thousand_tokens() -> Non
 
     from slipstream_server.inference.engine.task_assembly import task_limits
 
-    config = WorkerConfig(model_folder=Path(), engine="tasks")
+    config = WorkerConfig(model_folder=Path(), engine="tasks", tasks=("fill-mask",))
     limits = task_limits(config, torch.device("cpu"))
     queue = PieceQueue(limits)
     queue.add(work(1, [256] * 16), 1, 0.0)

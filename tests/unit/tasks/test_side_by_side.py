@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModel, BertConfig, BigBirdConfig, LlamaConfig
 
-from slipstream_server.inference.engine.side_by_side import SideBySide, _parts
+from slipstream_server.inference.engine.side_by_side import _UNCHANGING, SideBySide, _parts, may_run_side_by_side
 from slipstream_server.tasks.runner import Piece
 
 
@@ -85,3 +89,50 @@ def test_parts_are_the_whole_in_order_and_about_even(sizes: list[int], number: i
     assert all(parts)
     assert len(parts) <= number
     assert max(sum(piece.size for piece in part) for part in parts) < sum(sizes) / number + max(sizes) + 1
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "may"),
+    [
+        (BertConfig(**SMALL), "feature-extraction", True),
+        (BertConfig(**SMALL), "table-question-answering", False),
+        (LlamaConfig(**SMALL), "feature-extraction", True),
+        (LlamaConfig(**SMALL, rope_parameters=DYNAMIC), "feature-extraction", False),
+        (BigBirdConfig(**SMALL), "feature-extraction", False),
+    ],
+    ids=["bert", "a task that writes", "llama", "frequencies that change", "a type that is not known"],
+)
+def test_passes_that_could_disturb_each_other_are_not_run_at_once(config: Any, task: str, may: bool) -> None:
+    assert may_run_side_by_side(AutoModel.from_config(config), [task]) is may
+
+
+@pytest.mark.parametrize("model_type", sorted(_UNCHANGING))
+def test_the_known_types_keep_nothing_of_a_batch(model_type: str) -> None:
+    """Read in their source: no forward assigns to its module, but for what training needs to know of labels."""
+    assert _kept_by_forward(model_type) <= {"self.config.problem_type"}
+
+
+def test_a_type_that_keeps_something_is_found_out() -> None:
+    assert "self.attention_type" in _kept_by_forward("big_bird", methods=("set_attention_type",))
+    assert _kept_by_forward("clvp") >= {"self.cached_sequence_length"}
+
+
+def _kept_by_forward(model_type: str, methods: tuple[str, ...] = ("forward",)) -> set[str]:
+    """The targets within ``self`` of every assignment in the methods of the type's modules."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    folder = Path(package.origin).parent / "models" / model_type.replace("-", "_").removesuffix("_text")
+    (source,) = folder.glob(f"modeling_{folder.name}.py")
+    found = set()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name in methods:
+            for each in ast.walk(node):
+                is_stored = isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store)
+                if is_stored and (target := ast.unparse(each)).startswith("self."):
+                    found.add(target)
+    return found

@@ -2,7 +2,8 @@
 
 Threads that share one forward pass meet after each of its many short operations: all wait for the slowest, and for
 what only one can do. Passes side by side meet once, at the end. A batch that is too small for that, or is one long
-text, is run by all threads together as before. On a CPU alone, and for runners whose ``run`` changes nothing of theirs.
+text, is run by all threads together as before. On a CPU alone, and for models and runners whose passes change nothing
+that another one reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,25 @@ from slipstream_server.tasks.runner import Piece, Runner
 
 # Below it a pass is mostly Python, which runs one at a time.
 _LEAST_TOKENS = 128
+# The types of models whose forward writes nothing into its modules; others keep a batch's length or masks there.
+_UNCHANGING = {
+    "albert", "bart", "bert", "camembert", "convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie",
+    "eurobert", "gemma3_text", "gte", "jina_embeddings_v3", "llama", "longformer", "mistral", "mobilebert",
+    "modernbert", "mpnet", "nomic_bert", "qwen2", "qwen3", "rembert", "roberta", "squeezebert", "t5", "xlm-roberta",
+    "xlm-roberta-xl",
+}  # fmt: skip
+# Rotary frequencies that are made anew for the length of a batch.
+_CHANGING_ROTARY = ("dynamic", "longrope")
+# It is written by the model's ``generate``, which does as it likes.
+_WRITING_TASK = "table-question-answering"
+
+
+def may_run_side_by_side(model: Any, task_ids: Sequence[str]) -> bool:
+    """Whether passes of these tasks on a loaded model do not disturb each other."""
+    if _WRITING_TASK in task_ids or model.config.model_type not in _UNCHANGING:
+        return False
+    rotary = {str(getattr(module, "rope_type", "")) for module in model.modules()}
+    return not any(word in rope_type for word in _CHANGING_ROTARY for rope_type in rotary)
 
 
 def run_together(runner: Runner, pieces: Sequence[Piece]) -> Sequence[Any]:

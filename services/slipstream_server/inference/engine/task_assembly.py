@@ -1,10 +1,9 @@
 """From a worker's configuration to a task engine that answers: the head that its tasks need, tokenizer or processors,
-packing, a first pass, and the facts of it all.
+a first pass, and the facts of it all.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,22 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from slipstream_server.errors import ModelLoadFailed
-from slipstream_server.inference.engine.packing import pack_linears, packed_bytes
-from slipstream_server.inference.engine.side_by_side import SideBySide, run_together
+from slipstream_server.inference.engine.side_by_side import SideBySide, may_run_side_by_side, run_together
 from slipstream_server.inference.engine.tasks import TaskEngine
+from slipstream_server.inference.engine.worker_model import Report, load_worker_model
 from slipstream_server.inference.generation import Ready
 from slipstream_server.inference.worker_config import WorkerConfig
-from slipstream_server.models.loading import LoadedModel, load_model
+from slipstream_server.models.loading import LoadedModel
 from slipstream_server.tasks.batching import TaskLimits
 from slipstream_server.tasks.items import TextInput
 from slipstream_server.tasks.runner import Runner
 from slipstream_server.tasks.text.runners import load_tokenizer, text_runner
 from slipstream_server.tasks.text_specs import TEXT_TASKS
-
-Report = Callable[[float, str], None]
 
 TEXT_TASK_IDS = frozenset(spec.id for spec in TEXT_TASKS)
 _CPU_SATURATING_TOKENS = 512
@@ -44,31 +40,26 @@ def assemble_tasks(config: WorkerConfig, report: Report, wake: Callable[[], None
 
     Raises a SlipstreamError that says why it cannot be.
     """
-    if config.model_folder is None or not config.tasks:
-        raise ModelLoadFailed("no model folder is given" if config.tasks else "no task is given")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
     # Every operation of torch lets go of the interpreter; a side thread that computes would keep it for 5 ms each time.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    report(0.0, "reading weights")
     # All tasks of one worker are of one head.
-    loaded = load_model(config.model_folder, replace(config.load, task=config.load.task or config.tasks[0]))
-    report(0.8, "preparing the model")
-    packed = pack_linears(loaded.model) if config.packed_linears and loaded.device.type == "cpu" else 0
-    runners = runners_for(config.tasks, loaded, config.model_folder)
+    model = load_worker_model(config, replace(config.load, task=config.load.task or config.tasks[0]), report)
+    loaded = model.loaded
+    runners = runners_for(config.tasks, loaded, model.folder)
     report(0.9, "first pass")
     for task_id, runner in runners.items():
         _warm_up(task_id, runner)
     is_text_on_cpu = loaded.device.type == "cpu" and TEXT_TASK_IDS.issuperset(config.tasks)
+    in_parts = is_text_on_cpu and may_run_side_by_side(loaded.model, config.tasks)
+    limits = task_limits(config, loaded.device)
     engine = TaskEngine(
         runners,
-        task_limits(config, loaded.device),
+        limits,
         wake=wake,
         counting_tasks=TEXT_TASK_IDS,
-        run=SideBySide().run if is_text_on_cpu else run_together,
+        run=SideBySide().run if in_parts else run_together,
     )
-    return engine, _ready(loaded, config, packed)
+    return engine, model.ready(config, tasks=",".join(config.tasks), max_batch_tokens=str(limits.max_batch_tokens))
 
 
 def runners_for(task_ids: Sequence[str], loaded: LoadedModel, folder: Path) -> dict[str, Runner]:
@@ -115,23 +106,3 @@ def _warm_up(task_id: str, runner: Runner) -> None:
 _NEED_MORE_THAN_TEXT = frozenset(
     spec.id for spec in TEXT_TASKS if TextInput.KIND not in spec.input_kinds or spec.id == "fill-mask"
 )
-
-
-def _ready(loaded: LoadedModel, config: WorkerConfig, num_packed: int) -> Ready:
-    return Ready(
-        device=str(loaded.device),
-        dtype=str(loaded.dtype).removeprefix("torch."),
-        attention=loaded.attn_implementation,
-        batching="tasks",
-        memory_bytes=loaded.memory_bytes + packed_bytes(loaded.model),
-        settings={
-            "tasks": ",".join(config.tasks),
-            "threads": str(torch.get_num_threads()),
-            "packed_linears": str(num_packed),
-            "max_batch_size": str(config.max_batch_size),
-            "max_batch_tokens": str(task_limits(config, loaded.device).max_batch_tokens),
-            "max_queue_delay_ms": f"{config.max_queue_delay_ms:g}",
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
-    )

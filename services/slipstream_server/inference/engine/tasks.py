@@ -8,7 +8,7 @@ at fault, whose input gets an ItemError. Only a deadline or a task that this wor
 Every request that is not cancelled ends in exactly one terminal event.
 
 Synchronous but for the side threads, which see only what they are handed: all state belongs to the thread that calls
-the methods. It knows nothing of sockets.
+the methods. ``run`` may use threads of its own, and is done with them when it returns. It knows nothing of sockets.
 """
 
 from __future__ import annotations

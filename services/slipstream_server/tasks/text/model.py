@@ -1,7 +1,7 @@
 """A text model and its tokenizer, and how rows of tokens get through it: padded on the right, masked, and back.
 
 Tensor names carry their shape: B rows, T tokens of the longest, H the hidden size, L labels. ``forward`` is for the
-engine's thread; everything else is read-only and for any.
+engine, on one thread or on several side by side; everything else is read-only and for any.
 """
 
 from __future__ import annotations
