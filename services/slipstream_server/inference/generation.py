@@ -1,8 +1,8 @@
 """What front and worker say to each other: commands, events and their frames.
 
 A frame is a 4-byte big-endian length and that many bytes of msgpack: one tagged struct, or for worker to front a list
-of them (all events of one engine step travel together). Nothing here imports torch, grpc or protobuf, and nothing is
-pickled. The front fills in every default before a request gets here: the worker never guesses.
+of them (all events of one engine step travel together, where they fit). Nothing here imports torch, grpc or protobuf,
+and nothing is pickled. The front fills in every default before a request gets here: the worker never guesses.
 
 Ids are chosen by the front and unique for a worker's life. A request has ``num_return_sequences`` sequences with
 indices 0, 1, ...
@@ -10,6 +10,7 @@ indices 0, 1, ...
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -263,8 +264,31 @@ def decode_command(payload: bytes) -> Command:
 
 
 def encode_events(events: list[Event]) -> bytes:
-    """The events of one step as a frame."""
+    """Events as a frame."""
     return frame(_encoder.encode(events))
+
+
+def event_frames(events: list[Event]) -> Iterator[bytes]:
+    """The events of one step as frames, in their order, as a rule one. ValueError where an event is too long for any."""
+    payload = _encoder.encode(events)
+    parts = _halves(events) if len(payload) > MAX_FRAME_BYTES else []
+    for part in parts:
+        yield from event_frames(part)
+    if not parts:
+        yield frame(payload)
+
+
+def _halves(events: list[Event]) -> list[list[Event]]:
+    """The same in two parts; none where they cannot be parted."""
+    if len(events) > 1:
+        middle = len(events) // 2
+        return [events[:middle], events[middle:]]
+    (event,) = events
+    if isinstance(event, TaskResults) and len(event.results) > 1:
+        middle = len(event.results) // 2
+        first = TaskResults(event.id, event.indices[:middle], event.results[:middle], event.num_tokens)
+        return [[first], [TaskResults(event.id, event.indices[middle:], event.results[middle:])]]
+    return []
 
 
 def decode_events(payload: bytes) -> list[Event]:

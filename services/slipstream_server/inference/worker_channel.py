@@ -21,7 +21,7 @@ from slipstream_server.inference.generation import (
     Command,
     Event,
     decode_command,
-    encode_events,
+    event_frames,
 )
 
 logger = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ class Channel:
     def _write(self) -> None:
         try:
             while (events := self._next_events()) is not None:
-                self._socket.sendall(encode_events(events))
+                for frame in event_frames(events):
+                    self._socket.sendall(frame)
         except OSError as error:
             if not self._gone.is_set():
                 logger.error("writing to the front: %s", error)

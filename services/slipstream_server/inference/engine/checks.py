@@ -11,7 +11,7 @@ from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
 from slipstream_server.inference.generation import GenerationRequest, Sampling
 
 MAX_LOGPROBS = 1000
-MAX_PROMPT_LOGPROBS = 2_000_000
+MAX_PROMPT_LOGPROBS = 131_072
 """Entries of all positions together."""
 
 
@@ -80,7 +80,7 @@ def _bad_counts(request: GenerationRequest) -> tuple[str, str] | None:
 
 
 def _bad_logprobs(request: GenerationRequest) -> tuple[str, str] | None:
-    """Alternatives without bound would not fit into a frame to the front."""
+    """Alternatives without bound would keep the front from everything else while it writes them out."""
     if (request.logprobs or 0) > MAX_LOGPROBS:
         return "response.logprobs", f"{request.logprobs} is not allowed; at most {MAX_LOGPROBS}"
     entries = len(request.prompt_token_ids) * (request.prompt_logprobs or 0)
