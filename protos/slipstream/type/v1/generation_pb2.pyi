@@ -252,7 +252,7 @@ class ResponseOptions(_message.Message):
     logprobs: _builtins.int
     """With every token its log-probability and those of so many likeliest ones. 0 (the token alone) to 20. Default: none."""
     prompt_logprobs: _builtins.int
-    """The same for the prompt's tokens. 0 to 20. Default: none."""
+    """The same for the prompt's tokens. 0 to 20, and at most 131072 times over all of them. Default: none."""
     echo: _builtins.bool
     """true: each completion's text begins with the prompt's text (its token_ids do not). Default false."""
     skip_special_tokens: _builtins.bool
