@@ -287,6 +287,25 @@ async def test_a_stream_waits_where_the_queue_is_full(service: Service) -> None:
     assert all(response.result.WhichOneof("outcome") == "classification" for response in responses)
 
 
+async def test_a_stream_whose_model_is_unloaded_between_its_inputs_ends(service: Service) -> None:
+    is_unloaded = asyncio.Event()
+
+    async def requests() -> AsyncIterator[tasks_pb2.StreamTaskRequest]:
+        yield header()
+        yield inputs("a")
+        await is_unloaded.wait()
+        yield inputs("b")
+
+    call = service.stub.StreamTask(requests())
+    assert (await call.read()).index == 0
+    await service.front.remove_model("judge")
+    is_unloaded.set()
+    code, _, message = await refused(asyncio.wait_for(call.read(), 10))
+    assert code is grpc.StatusCode.UNAVAILABLE
+    assert "judge was unloaded" in message
+    assert not service.front._task_runs
+
+
 async def test_a_stream_goes_on_after_an_input_that_kills_workers(service: Service) -> None:
     requests = [header(max_pending_inputs=1), inputs("a"), inputs(POISON), inputs("b")]
     outcomes = {response.index: response.result for response in await streamed(service, *requests)}

@@ -191,6 +191,7 @@ class Dispatcher:
         self._num_rows = 0
         self._suspect: Errand | None = None
         self._send: Callable[[Command], None] | None = None
+        self._closed: SlipstreamError | None = None
         self._idle = asyncio.Event()
 
     @property
@@ -229,7 +230,9 @@ class Dispatcher:
             await self._idle.wait()
 
     def submit(self, ticket: Errand) -> None:
-        """Take a request; raises QueueFull."""
+        """Take a request; raises QueueFull, or what ``close`` was told."""
+        if self._closed is not None:
+            raise self._closed.with_traceback(None)
         self.queue.put(ticket)
         self._pump()
 
@@ -281,6 +284,11 @@ class Dispatcher:
             self._leave(ticket)
             ticket.told.fail(error)
         self._note_idle()
+
+    def close(self, error: SlipstreamError) -> None:
+        """End every request there is, and refuse those that come: no worker will answer them."""
+        self._closed = error
+        self.fail_all(error)
 
     def handle(self, event: Event) -> None:
         """Pass one event of the worker on; events of requests that have left are ignored."""

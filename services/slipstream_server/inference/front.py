@@ -85,7 +85,7 @@ class InferenceFront(FrontModels):
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
         for model in self._models.values():
-            model.dispatcher.fail_all(
+            model.dispatcher.close(
                 Unavailable("the service is going down", retry_after_s=self._config.drain_retry_after_s)
             )
 

@@ -109,7 +109,7 @@ class FrontModels:
         model.supervisor.unloading()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.dispatcher.idle(), grace_s)
-        model.dispatcher.fail_all(Unavailable(f"model {name} was unloaded"))
+        model.dispatcher.close(Unavailable(f"model {name} was unloaded"))
         await self._take_down(model)
 
     async def remove_failed(self, name: str, error: SlipstreamError) -> None:

@@ -136,6 +136,7 @@ class WorkerSupervisor:
         """The model cannot answer, and trying again would not help. Never returns."""
         self.has_given_up = True
         self.fail(error)
+        self._dispatcher.close(error)
         await asyncio.Event().wait()
 
     def unloading(self) -> None:

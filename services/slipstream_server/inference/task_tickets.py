@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from slipstream_server.errors import InternalError, QueueFull, SlipstreamError
+from slipstream_server.errors import InternalError, SlipstreamError
 from slipstream_server.inference.dispatcher import Dispatcher, TaskTicket
 from slipstream_server.inference.generation import Admitted, TaskResults
 from slipstream_server.inference.metrics import ModelMetrics
@@ -54,7 +54,7 @@ class WorkerRun(TaskRun):
             for start in range(0, len(items), INPUTS_PER_TICKET):
                 sent.append(self._ticket(items[start : start + INPUTS_PER_TICKET]))
                 self._dispatcher.submit(sent[-1])
-        except QueueFull:
+        except SlipstreamError:
             for ticket in sent:
                 self._dispatcher.withdraw(ticket)
             raise

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -239,7 +240,9 @@ def test_every_request_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
     for action, key in steps:
         act(action, key)
     act("die", 0)
-    busy.fail_all(WorkerDied("the end"))
+    busy.close(WorkerDied("the end"))
+    with pytest.raises(WorkerDied, match="the end"):
+        busy.submit(ticket(10_000)[0])
     busy.check_integrity()
     assert busy.num_in_flight == len(busy.queue) == 0
     for key, (_, sink) in tickets.items():
