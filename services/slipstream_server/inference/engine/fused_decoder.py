@@ -25,12 +25,10 @@ class FusedDecoder:
 
     def __init__(self, model: Any, probe: ShapeProbe) -> None:
         self.is_on = False
-        self.count = 0
         for module in model.modules():
             if _is_known(module):
                 layer = module.self_attn.layer_idx
                 module.forward = _FusedLayer(self, module, probe.shapes[layer].key_size, probe.rules[layer])
-                self.count += 1
 
 
 def _is_known(module: Any) -> bool:

@@ -33,11 +33,10 @@ Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class FusedLayers:
-    """The fused operations of one model; ``count`` of its modules were replaced."""
+    """The fused operations of one model."""
 
     @torch.inference_mode()
     def __init__(self, model: Any) -> None:
-        self.count = 0
         self._rotary: list[tuple[ModuleType, Rotary]] = []
         if model.dtype not in _TOLERANCE or any(p.device.type != "cpu" for p in model.parameters()):
             return
@@ -45,7 +44,6 @@ class FusedLayers:
             replacement = _norm_for(module) or _gated_for(module, model.dtype)
             if replacement is not None:
                 module.forward = replacement
-                self.count += 1
         self._rotary = [
             (source, getattr(source, _ROTARY)) for source in _sources(model) if _rotates_halves(source, model.dtype)
         ]

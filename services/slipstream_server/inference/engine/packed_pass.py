@@ -72,7 +72,7 @@ class PackedModel:
         expected_TV = self._expected()
         if self._is_on_cpu:
             self._fuse(probe)
-        with _said_as("a forward from blocks"):
+        with _said_as("a forward from blocks"), self._fused(as_one=True):
             self._check(expected_TV)
 
     def _fuse(self, probe: ShapeProbe) -> None:
@@ -174,8 +174,8 @@ class PackedModel:
             [np.arange(end - number, end) for number, end in zip(nums_wanted, layout.starts[1:], strict=True)]
         )
         self._memory.lay_out(layout)
-        with slots.applied(rows, [chunk.num_tokens for chunk in chunks], wanted.tolist()):
-            return self._forward(ids_N, layout.positions_N, wanted, as_one=as_one)
+        with slots.applied(rows, [chunk.num_tokens for chunk in chunks], wanted.tolist()), self._fused(as_one):
+            return self._forward(ids_N, layout.positions_N, wanted)
 
     @property
     def _item_dtype(self) -> torch.dtype:
@@ -191,13 +191,12 @@ class PackedModel:
             return CpuMemory(self._shapes, num_blocks, self._model.dtype)
         return new_gpu_memory(self._shapes, num_blocks, self._item_dtype, self._devices)
 
-    def _forward(self, ids_N: torch.Tensor, positions: Any, wanted: Any, *, as_one: bool = True) -> torch.Tensor:
+    def _forward(self, ids_N: torch.Tensor, positions: Any, wanted: Any) -> torch.Tensor:
         device = self.traits.device
         logits_MV = self._logits(
             on_device(ids_N, device)[None],
             to_device(positions.astype(np.int64), device)[None],
             to_device(wanted, device),
-            as_one=as_one,
         )
         return logits_MV.to(device=device, dtype=torch.float32, copy=True)
 
@@ -206,16 +205,11 @@ class PackedModel:
         ids_1N: torch.Tensor,
         positions_1N: torch.Tensor,
         index_M: torch.Tensor | None = None,
-        *,
-        as_one: bool = True,
     ) -> torch.Tensor:
         """The model's own logits: those of all positions, or of those that are wanted."""
         is_taken = index_M is not None and self._takes_logits_to_keep
         extra = {"logits_to_keep": index_M} if is_taken else {}
-        with self._fused(as_one):
-            output = self._model(
-                input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra
-            )
+        output = self._model(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, return_dict=True, **extra)
         logits_MV: torch.Tensor = output.logits[0]
         if index_M is not None and not is_taken:
             logits_MV = logits_MV.index_select(0, index_M.to(logits_MV.device))
