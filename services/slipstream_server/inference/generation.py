@@ -269,7 +269,7 @@ def encode_events(events: list[Event]) -> bytes:
 
 
 def event_frames(events: list[Event]) -> Iterator[bytes]:
-    """The events of one step as frames, in their order, as a rule one. ValueError where an event is too long for any."""
+    """One step's events as frames, in their order, as a rule one. ValueError where an event is too long for any."""
     payload = _encoder.encode(events)
     parts = _halves(events) if len(payload) > MAX_FRAME_BYTES else []
     for part in parts:
