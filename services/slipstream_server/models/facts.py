@@ -23,6 +23,8 @@ _CONTEXT_KEYS = (
     "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length",
     "max_target_positions",
 )  # fmt: skip
+_LONG_ROPE = ("longrope", "su")
+_TURNING = "original_max_position_embeddings"
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
@@ -211,10 +213,23 @@ def _family(config: Mapping[str, Any]) -> Family:
 
 def _context_tokens(text: UntrustedValues) -> int | None:
     tokens = text.count(*_CONTEXT_KEYS)
+    if (turning := _turning_tokens(text)) is not None:
+        return min(turning, tokens or turning)
     if tokens is None or text.values.get("model_type") not in _OFFSET_POSITION_TYPES:
         return tokens or None
     padding = text.token_ids("pad_token_id")
     return tokens - (padding[0] if padding else 1) - 1
+
+
+def _turning_tokens(text: UntrustedValues) -> int | None:
+    """How long a sequence may be before LongRoPE turns all of its positions otherwise, those that were computed and
+    kept included, and with them every other sequence of the batch. None without LongRoPE.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        values = text.values.get(key)
+        if isinstance(values, dict) and values.get("rope_type", values.get("type")) in _LONG_ROPE:
+            return UntrustedValues(values).count(_TURNING) or text.count(_TURNING) or None
+    return None
 
 
 def _ties_embeddings(config: Mapping[str, Any]) -> bool | None:

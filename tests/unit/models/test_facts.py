@@ -79,6 +79,16 @@ def test_positions_that_start_after_padding_are_not_offered() -> None:
     assert facts_of_config(config).context_tokens == 512
 
 
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("kind", [{"rope_type": "longrope"}, {"type": "su"}])
+@pytest.mark.parametrize("inner", [True, False])
+def test_long_rope_is_offered_as_far_as_it_turns_positions_alike(key: str, kind: dict[str, str], inner: bool) -> None:
+    bound = {"original_max_position_embeddings": 4096}
+    config = {"model_type": "phi3", "max_position_embeddings": 131_072, key: {**kind, **(bound if inner else {})}}
+    assert facts_of_config({**config, **({} if inner else bound)}).context_tokens == 4096
+    assert facts_of_config({**config, key: {"rope_type": "llama3", **bound}}).context_tokens == 131_072
+
+
 @pytest.mark.parametrize(
     ("change", "window", "sliding_layers"),
     [
