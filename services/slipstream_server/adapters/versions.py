@@ -45,7 +45,7 @@ from slipstream_server.errors import (
 from slipstream_server.storage.columns import utc_now
 from slipstream_server.storage.database import Database
 from slipstream_server.storage.pages import Page, PageRequest, read_page
-from slipstream_server.storage.request_records import RequestKey
+from slipstream_server.storage.request_records import Remembered, RequestKey
 
 MAX_METRICS = 256
 MAX_PROVENANCE_BYTES = 64 * 1024
@@ -108,12 +108,8 @@ class Versions:
 
         Raises RequestIdReused, AdapterNotFound, AdapterVersionNotFound.
         """
-        async with self._database.write() as session:
-            version = await _made_for(session, key)
-            if version is None:
-                # Claimed for good only together with the version: an upload that dies must not block its repeat.
-                await REQUESTS.forget(session, key)
-            return version
+        async with self._database.read() as session:
+            return await _made_for(session, await REQUESTS.get(session, key))
 
     async def expected_base(self, adapter: str, *, may_be_missing: bool) -> str:
         """The base that versions of ``adapter`` are for, empty where that is open. Raises AdapterNotFound."""
@@ -139,8 +135,10 @@ class Versions:
         Raises AdapterNotFound, IncompatibleAdapter where the adapter is for another base by now, RequestIdReused.
         """
         async with self._database.write() as session:
-            if key is not None and (known := await _made_for(session, key)) is not None:
-                return known
+            # Claimed only together with the version: an upload that dies must not block its repeat.
+            known = None if key is None else await REQUESTS.get_or_claim(session, key)
+            if (made := await _made_for(session, known)) is not None:
+                return made
             parent = await self._parent(session, owner, adapter, received, create_missing)
             row = await _same_bytes(session, parent, received.artifact.digest)
             if row is None:
@@ -188,11 +186,11 @@ class Versions:
         return row
 
 
-async def _made_for(session: AsyncSession, key: RequestKey) -> Version | None:
-    known = await REQUESTS.get_or_claim(session, key)
-    if known is None:
+async def _made_for(session: AsyncSession, known: Remembered | None) -> Version | None:
+    """The version that a request made which came before."""
+    if known is None or known.response is None:
         return None
-    adapter, _, number = (known.response or b"").decode().partition("/")
+    adapter, _, number = known.response.decode().partition("/")
     return await version_of(session, await find_version(session, adapter, int(number)))
 
 
