@@ -74,7 +74,7 @@ class Worker:
             self._engine, ready = NullEngine(), null_facts()
         else:
             self._engine, ready = self._assemble(config)
-            # Tasks are run side by side, by threads of their own that come later and go anywhere.
+            # Tasks are prepared, and often run, by threads that the engine's starts: they would be bound with it.
             if ready.device == "cpu" and config.engine != "tasks":
                 from slipstream_server.inference.engine.cores import bind_team
 
