@@ -58,7 +58,7 @@ class InferenceConfig(ServiceConfig):
     task_models: tuple[str, ...] = setting((), "models of task requests that name none: TASK=MODEL")
     model_roots: tuple[Path, ...] = setting((), "folders below which clients may name model folders")
     tokenizer: str | None = setting(None, "tokenizer source; unset: the model's own")
-    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     device_map: str | None = setting(None, "transformers' device_map, as `auto` to spread over GPUs")
     dtype: str = setting("auto", "dtype of the weights", choices=("auto", "float32", "bfloat16", "float16"))
     quantization: str = setting(
