@@ -1,7 +1,7 @@
 """The queue before a model's worker: bounded, by priority, fair to the patient.
 
-Three queues of tickets. The next one is the oldest of the highest priority, where every ``ageing_s`` of waiting lifts a
-ticket by one priority: after at most twice that, LOW stands level with HIGH and wins by age, so that it never starves.
+The next ticket is the oldest of the highest priority, where every ``ageing_s`` of waiting lifts one by a priority:
+after at most twice that, LOW stands level with HIGH and wins by age, so that it never starves.
 Requests and prompt tokens are bounded; over the bound a request is refused with an estimate of when to come back.
 
 Plain synchronous code on the event loop; it owns no task and reads no clock but the one it is given.
@@ -22,7 +22,9 @@ _RATE_WEIGHT = 0.1
 
 
 class Waiting(Protocol):
-    """What the queue needs to know of a request. ``arrival_s`` is monotonic."""
+    """What the queue needs to know of a request. ``arrival_s`` is monotonic; ``is_search``: it may have to wait for
+    others of its kind while those behind it need not.
+    """
 
     @property
     def id(self) -> int: ...
@@ -32,6 +34,8 @@ class Waiting(Protocol):
     def num_prompt_tokens(self) -> int: ...
     @property
     def arrival_s(self) -> float: ...
+    @property
+    def is_search(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,9 @@ class AdmissionQueue(Generic[W]):
     def __init__(self, limits: AdmissionLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
-        self._queues: dict[Priority, OrderedDict[int, W]] = {priority: OrderedDict() for priority in Priority}
+        self._queues: dict[tuple[Priority, bool], OrderedDict[int, W]] = {
+            (priority, is_search): OrderedDict() for priority in Priority for is_search in (False, True)
+        }
         self._front = OrderedDict[int, W]()
         self.num_reserved = 0
         self.num_prompt_tokens = 0
@@ -86,7 +92,7 @@ class AdmissionQueue(Generic[W]):
             raise self._full(f"{self._limits.max_requests} requests wait for the model, as many as may")
         if len(self) and self.num_prompt_tokens + waiting.num_prompt_tokens > self._limits.max_prompt_tokens:
             raise self._full(f"the waiting prompts have {self.num_prompt_tokens} tokens")
-        self._queues[waiting.priority][waiting.id] = waiting
+        self._queues[waiting.priority, waiting.is_search][waiting.id] = waiting
         self.num_prompt_tokens += waiting.num_prompt_tokens
 
     def put_back(self, waiting: W) -> None:
@@ -95,12 +101,14 @@ class AdmissionQueue(Generic[W]):
         self._front.move_to_end(waiting.id, last=False)
         self.num_prompt_tokens += waiting.num_prompt_tokens
 
-    def peek(self) -> W | None:
-        """The request whose turn it is."""
-        if self._front:
-            return next(iter(self._front.values()))
+    def peek(self, *, searches: bool = True) -> W | None:
+        """The request whose turn it is; ``searches``: a search may be it."""
+        for waiting in self._front.values():
+            if searches or not waiting.is_search:
+                return waiting
         now_s = self._clock()
-        heads = [next(iter(queue.values())) for queue in self._queues.values() if queue]
+        queues = [queue for (_, is_search), queue in self._queues.items() if queue and (searches or not is_search)]
+        heads = [next(iter(queue.values())) for queue in queues]
         return min(heads, key=lambda head: self._rank(head, now_s), default=None)
 
     def take(self, waiting: W) -> None:
@@ -114,7 +122,7 @@ class AdmissionQueue(Generic[W]):
 
     def remove(self, waiting: W) -> bool:
         """Remove a request that is not wanted any more; False where it is not here."""
-        for queue in (self._front, self._queues[waiting.priority]):
+        for queue in (self._front, self._queues[waiting.priority, waiting.is_search]):
             if queue.pop(waiting.id, None) is not None:
                 self.num_prompt_tokens -= waiting.num_prompt_tokens
                 return True

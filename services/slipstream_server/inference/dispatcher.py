@@ -46,6 +46,8 @@ from slipstream_server.logs import unforeseen
 from slipstream_server.tasks.items import TaskRequest
 
 MAX_DEATHS = 2
+# One search runs and the next one lies ready; the order of the rest stays the queue's to decide.
+_MOST_BESIDE = 2
 
 RequestEvent = Admitted | PromptLogprobs | Tokens | TaskResults | Finished | Failed
 _OF_REQUESTS = (Admitted, PromptLogprobs, Tokens, TaskResults, Finished, Failed)
@@ -107,6 +109,11 @@ class Errand(ABC):
     def num_rows(self) -> int:
         """What it adds to the worker's rows."""
 
+    @property
+    def is_search(self) -> bool:
+        """Whether it is a beam search."""
+        return False
+
     @abstractmethod
     def command(self) -> Command:
         """What sends it to the worker."""
@@ -147,6 +154,10 @@ class Ticket(Errand):
     @property
     def num_rows(self) -> int:
         return max(self.request.num_return_sequences, self.request.beams.num_beams)
+
+    @property
+    def is_search(self) -> bool:
+        return self.request.beams.num_beams > 1
 
     def command(self) -> Command:
         return Submit(self.request)
@@ -189,6 +200,8 @@ class Dispatcher:
         self._clock = clock
         self._in_flight: dict[int, Errand] = {}
         self._num_rows = 0
+        self._num_beside = 0
+        self._searches_beside = False
         self._suspect: Errand | None = None
         self._send: Callable[[Command], None] | None = None
         self._closed: SlipstreamError | None = None
@@ -247,8 +260,11 @@ class Dispatcher:
         self.withdraw(ticket)
         ticket.told.fail(_too_late())
 
-    def connect(self, send: Callable[[Command], None]) -> None:
-        """A worker is ready; ``send`` never blocks."""
+    def connect(self, send: Callable[[Command], None], *, searches_beside: bool = False) -> None:
+        """A worker is ready; ``send`` never blocks. ``searches_beside``: it runs beam searches beside its batch, where
+        they take none of its rows.
+        """
+        self._searches_beside = searches_beside
         self._send = send
         self._pump()
 
@@ -333,8 +349,8 @@ class Dispatcher:
             self._send(EndSequence(event.id, event.index))
 
     def _pump(self) -> None:
-        while self._send is not None and self._suspect is None and (ticket := self.queue.peek()) is not None:
-            if self._in_flight and self._num_rows + ticket.num_rows > self._max_rows:
+        while self._send is not None and self._suspect is None and (ticket := self._next()) is not None:
+            if self._in_flight and self._num_rows + self._rows_of(ticket) > self._max_rows:
                 break
             if ticket.deadline_s <= self._clock():  # its timer is about to fire
                 self.queue.remove(ticket)
@@ -342,7 +358,8 @@ class Dispatcher:
                 continue
             self.queue.take(ticket)
             self._in_flight[ticket.id] = ticket
-            self._num_rows += ticket.num_rows
+            self._num_rows += self._rows_of(ticket)
+            self._num_beside += self._is_beside(ticket)
             if ticket.num_deaths:
                 self._suspect = ticket
             self._send(ticket.command())
@@ -356,8 +373,18 @@ class Dispatcher:
         self._clear(ticket)
         if self._in_flight.pop(ticket.id, None) is None:
             return False
-        self._num_rows -= ticket.num_rows
+        self._num_rows -= self._rows_of(ticket)
+        self._num_beside -= self._is_beside(ticket)
         return True
+
+    def _next(self) -> Errand | None:
+        return self.queue.peek(searches=self._num_beside < _MOST_BESIDE)
+
+    def _is_beside(self, ticket: Errand) -> bool:
+        return self._searches_beside and ticket.is_search
+
+    def _rows_of(self, ticket: Errand) -> int:
+        return 0 if self._is_beside(ticket) else ticket.num_rows
 
     def _clear(self, ticket: Errand) -> None:
         if self._suspect is ticket:
@@ -365,7 +392,8 @@ class Dispatcher:
 
     def check_integrity(self) -> None:
         """For tests and idle moments: the books agree."""
-        assert self._num_rows == sum(ticket.num_rows for ticket in self._in_flight.values())
+        assert self._num_rows == sum(map(self._rows_of, self._in_flight.values()))
+        assert self._num_beside == sum(map(self._is_beside, self._in_flight.values())) <= _MOST_BESIDE
         assert self.queue.num_prompt_tokens == sum(ticket.num_prompt_tokens for ticket in self.queue)
         assert not {ticket.id for ticket in self.queue} & self._in_flight.keys()
         assert self._suspect is None or self._suspect.id in self._in_flight

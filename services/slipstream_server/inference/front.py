@@ -145,6 +145,7 @@ class InferenceFront(FrontModels):
             request_id=next(self._request_ids),
             prompt_token_ids=prompt.token_ids,
             adapter=adapter,
+            arrival_monotonic_s=arrival_s,
         )
         self._ready(model.plan.name)  # it may have died, or we begun to drain, meanwhile
         _check_deadline(call)

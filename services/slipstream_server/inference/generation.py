@@ -74,7 +74,7 @@ class AdapterPin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request, complete. ``deadline_monotonic_s`` is CLOCK_MONOTONIC, which processes of one machine share.
+    """One request, complete. Its times are those of CLOCK_MONOTONIC, which processes of one machine share.
 
     ``logprobs`` and ``prompt_logprobs``: number of alternatives wanted, 0 for the chosen token alone, None for none.
     For an encoder-decoder model ``prompt_token_ids`` is the encoder's input, and ``forced_first_token_id`` what its
@@ -91,6 +91,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     priority: int = 1
     deadline_monotonic_s: float | None = None
+    arrival_monotonic_s: float | None = None
     adapter: AdapterPin | None = None
     constraint: Constraint | None = None
     forced_first_token_id: int | None = None

@@ -72,7 +72,7 @@ SAMPLING_RANGES = {
     "top_p": Range(0.0, 1.0, above=True),
     "min_p": Range(0.0, 1.0),
     "typical_p": Range(0.0, 1.0, above=True),
-    "repetition_penalty": Range(0.0, 10.0, above=True),
+    "repetition_penalty": Range(0.01, 10.0),
     "presence_penalty": Range(-2.0, 2.0),
     "frequency_penalty": Range(-2.0, 2.0),
     "no_repeat_ngram_size": Range(0, MAX_NGRAM),
@@ -117,6 +117,7 @@ def resolve(
     request_id: int,
     prompt_token_ids: tuple[int, ...],
     adapter: AdapterPin | None = None,
+    arrival_monotonic_s: float | None = None,
     draw_seed: Callable[[], int] = lambda: secrets.randbelow(MAX_SEED + 1),
 ) -> GenerationRequest:
     """The complete request. Raises InvalidField, UnsupportedField or PromptTooLong."""
@@ -134,6 +135,7 @@ def resolve(
         prompt_logprobs=call.response.prompt_logprobs,
         priority=int(call.priority),
         deadline_monotonic_s=call.deadline_monotonic_s,
+        arrival_monotonic_s=arrival_monotonic_s,
         adapter=adapter,
         constraint=call.constraint,
         forced_first_token_id=call.forced_first_token_id,

@@ -20,6 +20,7 @@ from enum import StrEnum
 
 from slipstream_server.errors import ModelNotReady, SlipstreamError, WorkerDied
 from slipstream_server.inference.dispatcher import Dispatcher
+from slipstream_server.inference.engines import CONTINUOUS
 from slipstream_server.inference.generation import Event, LoadFailed, Loading, Ready, Stats
 from slipstream_server.inference.metrics import ModelMetrics
 from slipstream_server.inference.worker_errors import error_of
@@ -167,7 +168,7 @@ class WorkerSupervisor:
                     state=ModelState.READY, progress=1.0, stage="", error=None, ready=event, ready_time=utc_now()
                 )
                 logger.info("model %s is ready on %s", self.status.model, event.device)
-                self._dispatcher.connect(worker.send)
+                self._dispatcher.connect(worker.send, searches_beside=event.batching == CONTINUOUS)
             case LoadFailed():
                 raise _CannotLoad(error_of(event.reason, event.message, event.field))
             case Stats():

@@ -160,6 +160,7 @@ def test_a_search_whose_requests_are_all_over_stops_at_once() -> None:
         ({"sampling": Sampling(presence_penalty=0.1)}, "sampling.presence_penalty"),
         ({"sampling": Sampling(frequency_penalty=0.1)}, "sampling.frequency_penalty"),
         ({"logprobs": 0}, "response.logprobs"),
+        ({"prompt_logprobs": 1}, "response.prompt_logprobs"),
         ({"num_return_sequences": 3}, "response.num_return_sequences"),
         ({"adapter": AdapterPin(version="v1", digest="d", folder="f")}, "adapter"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,53 @@ def test_a_cancelled_or_late_search_makes_way_for_the_next() -> None:
     assert bench.answers[never.id].admissions == 0
     assert getattr(bench.answers[late.id].failure, "reason", None) == "DEADLINE_EXCEEDED"
     assert bench.answers[last.id].tokens[0] == generate_alone(reference("llama"), prompt, max_new_tokens=5, num_beams=2)
+
+
+def test_a_search_reads_its_prompt_beside_the_others_and_stops_in_it() -> None:
+    bench = ContinuousBench(packed("llama"), max_step_tokens=32)
+    stream, searched = request(prompts([5])[0], 40), request(prompts([200])[0], 20, beams=Beams(num_beams=4))
+    bench.submit(stream)
+    bench.step()
+    bench.submit(searched)
+    read: list[int] = []
+    decoder = bench.engine._traits.model.get_decoder()
+    count = decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(count.remove)
+        for _ in range(3):
+            bench.step()
+        assert sorted(read) == [1, 1, 1, 32, 32, 32], "a piece for every token of the stream"
+        bench.engine.cancel(searched.id)
+        bench.step()
+        bench.step()
+        assert max(read[6:]) == 1, "it read on though nobody wants it"
+    bench.run()
+    assert bench.answers[searched.id].terminals == []
+    assert bench.answers[stream.id].tokens[0] == list(alone("llama", stream.prompt_token_ids, 40))
+
+
+def test_a_search_whose_beams_exceed_the_memory_is_refused() -> None:
+    bench = ContinuousBench(packed("llama"), num_blocks=8)
+    (fits, beyond) = (request(prompts([40])[0], 24, beams=Beams(num_beams=beams)) for beams in (4, 5))
+    answers = bench.run(fits, beyond)
+    assert len(answers[0].tokens[0]) == 24
+    assert answers[1].failure is not None
+    assert answers[1].failure.reason == "OUT_OF_MEMORY"
+    assert "320 tokens by 5 beams exceed the KV memory of 256 tokens" in answers[1].failure.message
+
+
+def test_who_waited_before_the_worker_is_served_by_when_it_came() -> None:
+    bench = ContinuousBench(packed("llama"), max_running=1)
+    (prompt,) = prompts([5])
+    first, late, early = (request(prompt, 3, arrival_monotonic_s=bench.now - waited_s) for waited_s in (0.0, 1.0, 5.0))
+    bench.submit(first)
+    bench.step()
+    bench.submit(late, early)
+    while not bench.answers[late.id].terminals:
+        bench.step()
+    assert bench.answers[early.id].terminals
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 from slipstream_server.inference.engine import gathered_attention
 from slipstream_server.inference.engine.assembly import assemble
+from slipstream_server.inference.engine.fused_decoder import _FusedLayer
 from slipstream_server.inference.engine.gpu_memory import GpuMemory
 from slipstream_server.inference.engine.packed_pass import PackedModel
 from slipstream_server.inference.engine.paged_attention import (
@@ -95,9 +96,8 @@ def test_a_family_answers_as_generate_does(name: str, dtype: torch.dtype) -> Non
     ("name", "count"), [("llama", 2), ("mistral", 2), ("qwen2-sliding", 2), ("qwen3", 0), ("phi", 0)]
 )
 def test_layers_of_the_commonest_build_run_as_one(name: str, count: int) -> None:
-    decoder = packed(name, torch.float32)._decoder
-    assert decoder is not None
-    assert decoder.count == count
+    modules = packed(name, torch.float32).traits.model.modules()
+    assert sum(isinstance(vars(module).get("forward"), _FusedLayer) for module in modules) == count
 
 
 def test_a_layer_that_does_more_than_it_looks_runs_part_by_part() -> None:
@@ -122,6 +122,15 @@ def test_a_beam_search_after_fused_steps_runs_the_model_as_it_was_loaded() -> No
         generate_alone(model, prompt, max_new_tokens=length, num_beams=beams)
         for length, beams in ((6, 1), (10, 3), (12, 1))
     ]
+    assert [answer.tokens[0] for answer in answers] == expected
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "gemma2", "qwen2-sliding", "phi3", "gpt2", "opt", "mixtral"])
+def test_a_search_whose_prompt_is_read_in_pieces_equals_generate(name: str) -> None:
+    model, asked = reference(name, torch.float32), prompts([1, 2, 70])
+    searches = [request(prompt, 8, beams=Beams(num_beams=3)) for prompt in asked]
+    answers = ContinuousBench(packed(name, torch.float32), max_step_tokens=32).run(*searches)
+    expected = [generate_alone(model, prompt, max_new_tokens=8, num_beams=3) for prompt in asked]
     assert [answer.tokens[0] for answer in answers] == expected
 
 

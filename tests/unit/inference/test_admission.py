@@ -19,6 +19,7 @@ class Item:
     priority: Priority = Priority.NORMAL
     num_prompt_tokens: int = 1
     arrival_s: float = 0.0
+    is_search: bool = False
 
 
 class Clock:

@@ -15,6 +15,7 @@ from slipstream_server.inference.admission import AdmissionLimits
 from slipstream_server.inference.dispatcher import Dispatcher, Ticket
 from slipstream_server.inference.generation import (
     Admitted,
+    Beams,
     Cancel,
     Command,
     Failed,
@@ -48,13 +49,14 @@ class Sink:
         self.ends.append(error)
 
 
-def ticket(request_id: int, sequences: int = 1) -> tuple[Ticket, Sink]:
+def ticket(request_id: int, sequences: int = 1, num_beams: int = 1) -> tuple[Ticket, Sink]:
     request = GenerationRequest(
         id=request_id,
         prompt_token_ids=(1,),
         sampling=Sampling(),
         stopping=Stopping(max_new_tokens=5),
         num_return_sequences=sequences,
+        beams=Beams(num_beams=num_beams),
     )
     sink = Sink()
     return Ticket(request=request, sink=sink), sink
@@ -92,6 +94,29 @@ def test_a_request_larger_than_the_credit_runs_alone() -> None:
     busy, line = dispatcher(max_rows=4), Line()
     busy.connect(line)
     busy.submit(ticket(1, sequences=16)[0])
+    busy.submit(ticket(2)[0])
+    assert line.submitted == [1]
+
+
+def test_searches_beside_the_batch_take_no_rows_and_wait_for_each_other_alone() -> None:
+    busy, line = dispatcher(max_rows=4), Line()
+    busy.connect(line, searches_beside=True)
+    for request_id in range(5):
+        busy.submit(ticket(request_id, num_beams=16)[0])
+    for request_id in range(5, 10):
+        busy.submit(ticket(request_id)[0])
+    assert line.submitted == [0, 1, 5, 6, 7, 8]
+    busy.handle(Finished(1))
+    assert line.submitted == [0, 1, 5, 6, 7, 8, 2]
+    busy.handle(Finished(6))
+    assert line.submitted[-1] == 9
+    busy.check_integrity()
+
+
+def test_searches_in_the_batch_take_its_rows() -> None:
+    busy, line = dispatcher(max_rows=4), Line()
+    busy.connect(line)
+    busy.submit(ticket(1, num_beams=4)[0])
     busy.submit(ticket(2)[0])
     assert line.submitted == [1]
 
@@ -220,7 +245,7 @@ def test_every_request_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
             "fail": Failed(key, "OUT_OF_MEMORY", "x"),
         }
         if action == "submit" and found is None:
-            tickets[key] = ticket(key)
+            tickets[key] = ticket(key, num_beams=1 + key % 2)
             busy.submit(tickets[key][0])
         elif action in events and is_up and key in line.submitted:
             busy.handle(events[action])
@@ -229,7 +254,7 @@ def test_every_request_ends_exactly_once(steps: list[tuple[str, int]]) -> None:
             busy.disconnect()
         elif action == "connect" and not is_up:
             is_up, line = True, Line()
-            busy.connect(line)
+            busy.connect(line, searches_beside=key < 4)
         elif action == "withdraw" and found is not None and is_open:
             withdrawn.add(key)
             busy.withdraw(found[0])

@@ -100,7 +100,7 @@ class SamplingOptions(_message.Message):
     typical_p: _builtins.float
     """Locally typical sampling: keep this mass of the tokens nearest the expected information. Above 0 and at most 1. Default 1."""
     repetition_penalty: _builtins.float
-    """Divides (or multiplies, where negative) the logits of tokens seen in prompt or answer. Above 0 and at most 10. Default 1."""
+    """Divides (or multiplies, where negative) the logits of tokens seen in prompt or answer. 0.01 to 10. Default 1."""
     presence_penalty: _builtins.float
     """Subtracted once from the logit of each token that the answer has. -2 to 2. Default 0."""
     frequency_penalty: _builtins.float

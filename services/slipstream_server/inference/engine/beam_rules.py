@@ -21,6 +21,8 @@ def unsupported_with_beams(request: GenerationRequest) -> list[tuple[str, str]]:
         found.append(("sampling.frequency_penalty", "not available with beam search; repetition_penalty is"))
     if request.logprobs is not None:
         found.append(("response.logprobs", "not available with beam search"))
+    if request.prompt_logprobs is not None:
+        found.append(("response.prompt_logprobs", "not available with beam search"))
     if request.num_return_sequences > beams.num_beams:
         found.append(
             (

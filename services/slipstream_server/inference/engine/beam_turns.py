@@ -1,4 +1,5 @@
-"""Beam searches in turns with everybody else: one column of one search, then a step of the batch.
+"""Beam searches in turns with everybody else: a piece of the prompt or one column of one search, then a step of the
+batch.
 
 ``generate`` cannot be interrupted, but it asks after every column whether it may stop; there the search, running on a
 stack of its own (a greenlet of the engine's thread), gives the engine its turn. Engine thread, under inference_mode.
@@ -11,7 +12,7 @@ from typing import Any
 
 from greenlet import greenlet
 
-from slipstream_server.inference.engine.beams import search
+from slipstream_server.inference.engine.beams import search_in_pieces
 from slipstream_server.inference.engine.core import Generation
 from slipstream_server.inference.engine.ledger import Ledger, named
 from slipstream_server.inference.engine.outbox import Outbox
@@ -22,8 +23,9 @@ from slipstream_server.inference.generation import Admitted
 class BeamTurns:
     """The searches that wait, first come first served, and the one that runs."""
 
-    def __init__(self, model: PackedModel) -> None:
+    def __init__(self, model: PackedModel, *, piece_tokens: int) -> None:
         self._model = model
+        self._piece_tokens = piece_tokens
         self._waiting: deque[Generation] = deque()
         self._running: Generation | None = None
         self._stack: Any = None
@@ -41,7 +43,7 @@ class BeamTurns:
         self._waiting.append(generation)
 
     def run(self, ledger: Ledger, outbox: Outbox) -> None:
-        """One column of the search that runs; the next one begins where none does."""
+        """A piece or a column of the search that runs; the next one begins where none does."""
         while self._running is None and self._waiting:
             generation = self._waiting.popleft()
             if not generation.is_over:
@@ -67,4 +69,6 @@ class BeamTurns:
         outbox.totals.prompt_tokens += len(generation.request.prompt_token_ids)
         self._running = generation
         engine = greenlet.getcurrent()
-        self._stack = greenlet(lambda: search(self._model.traits, [generation], engine.switch)[0])
+        self._stack = greenlet(
+            lambda: search_in_pieces(self._model.traits, generation, engine.switch, piece_tokens=self._piece_tokens)
+        )

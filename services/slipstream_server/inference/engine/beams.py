@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from slipstream_server.errors import InvalidField
 from slipstream_server.inference.engine.core import Generation
@@ -37,8 +37,33 @@ def beam_key(request: GenerationRequest) -> Hashable:
     )
 
 
-def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[], None]) -> list[list[list[int]]]:
-    """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``.
+def search_in_pieces(
+    traits: Traits, generation: Generation, poll: Callable[[], None], *, piece_tokens: int
+) -> list[list[int]]:
+    """One generation's answers by a decoder-only model. Its prompt is read once for all beams, in pieces after each of
+    which ``poll`` is called; where the generation is over by then, the answers are empty.
+    """
+    tokens = generation.request.prompt_token_ids
+    cache = DynamicCache(config=traits.model.config.get_text_config(decoder=True))
+    # The last token is read by the search itself.
+    for start in range(0, len(tokens) - 1, piece_tokens):
+        piece = tokens[start : min(start + piece_tokens, len(tokens) - 1)]
+        traits.model.get_decoder()(
+            input_ids=torch.tensor([piece], device=traits.device), past_key_values=cache, use_cache=True
+        )
+        poll()
+        if generation.is_over:
+            return [[] for _ in generation.rows]
+    if cache.is_initialized:
+        cache.batch_repeat_interleave(generation.request.beams.num_beams)
+    return search(traits, [generation], poll, cache=cache)[0]
+
+
+def search(
+    traits: Traits, generations: Sequence[Generation], poll: Callable[[], None], *, cache: Cache | None = None
+) -> list[list[list[int]]]:
+    """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``. ``cache``
+    holds what was read already, for every beam.
 
     Raises InvalidField where the settings leave a search without an answer.
     """
@@ -49,6 +74,7 @@ def search(traits: Traits, generations: Sequence[Generation], poll: Callable[[],
         input_ids=tokens_PT.to(traits.device),
         attention_mask=mask_PT.to(traits.device),
         stopping_criteria=StoppingCriteriaList([_Unwanted(generations, poll)]),
+        past_key_values=cache,
         **_settings(traits, requests[0]),
     )
     num_context = 1 if traits.is_encoder_decoder else tokens_PT.shape[1]

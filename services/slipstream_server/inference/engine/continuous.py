@@ -83,7 +83,7 @@ class ContinuousEngine:
         self._scheduler = ContinuousScheduler(
             limits, self._pool, prefix_caching=prefix_caching, may_join=self._may_join
         )
-        self._beams = BeamTurns(model)
+        self._beams = BeamTurns(model, piece_tokens=limits.max_step_tokens)
         self._anteroom = Anteroom(grammars, clock=clock)
         self._max_draft_tokens = max_draft_tokens
         self._clock = clock
@@ -112,8 +112,9 @@ class ContinuousEngine:
             is_encoder_decoder=False,
         )
         if problem is None and _most_tokens(request) > self._pool.num_blocks * BLOCK_TOKENS:
+            beams = f" by {request.beams.num_beams} beams" if request.beams.num_beams > 1 else ""
             problem = OutOfMemory(
-                f"prompt and answer of up to {_most_tokens(request)} tokens exceed the KV memory of"
+                f"prompt and answer of up to {_most_tokens(request)} tokens{beams} exceed the KV memory of"
                 f" {self._pool.num_blocks * BLOCK_TOKENS} tokens"
             )
         if problem is not None:
@@ -178,9 +179,10 @@ class ContinuousEngine:
         if request.beams.num_beams > 1:
             self._beams.add(generation)
             return
-        now_s = self._clock()
+        # It has waited before the worker too.
+        arrival_s = request.arrival_monotonic_s or self._clock()
         for row in rows:
-            self._scheduler.add(KVSequence(generation, row, now_s))
+            self._scheduler.add(KVSequence(generation, row, arrival_s))
 
     def _take_compiled(self) -> None:
         """Requests whose grammar is compiled now wait like all others; those whose grammar is refused end."""
@@ -395,4 +397,5 @@ def _last_places(chunks: Sequence[Chunk]) -> dict[Chunk, int]:
 
 
 def _most_tokens(request: GenerationRequest) -> int:
-    return len(request.prompt_token_ids) + request.stopping.max_new_tokens
+    """What one sequence, or all beams of a search together, may come to."""
+    return request.beams.num_beams * (len(request.prompt_token_ids) + request.stopping.max_new_tokens)
