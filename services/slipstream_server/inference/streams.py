@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -106,7 +106,7 @@ class GenerationStream:
             for _ in range(request.num_return_sequences)
         ]
         self._cached_prompt_tokens = 0
-        self._prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+        self._prompt_positions: PromptLogprobs | None = None
         self._has_started = False
         self._pending_start: StartedEvent | None = None
         self._pending: dict[int, _PendingDelta] = {}
@@ -128,6 +128,9 @@ class GenerationStream:
         """
         while not self._is_over:
             event = self._take()
+            if isinstance(event, FinishedEvent) and self._prompt_positions is not None:
+                # There may be many of them, which others need not wait for.
+                return await asyncio.to_thread(self._with_prompt, event, self._prompt_positions)
             if event is not None:
                 return event
             self._wake.clear()
@@ -175,6 +178,10 @@ class GenerationStream:
             raise self._outcome
         return self._outcome
 
+    def _with_prompt(self, event: FinishedEvent, found: PromptLogprobs) -> FinishedEvent:
+        pairs = zip(self.ticket.request.prompt_token_ids, found.positions, strict=True)
+        return replace(event, prompt_logprobs=tuple(position_logprobs(*pair, self._detokenizers) for pair in pairs))
+
     def _leave(self) -> None:
         if not self._has_left:
             self._has_left = True
@@ -214,8 +221,7 @@ class GenerationStream:
         return piece.finish_reason == "stop_string" and event.finish_reason is None
 
     def prompt_logprobs(self, event: PromptLogprobs) -> None:
-        pairs = zip(self.ticket.request.prompt_token_ids, event.positions, strict=True)
-        self._prompt_logprobs = tuple(position_logprobs(token, found, self._detokenizers) for token, found in pairs)
+        self._prompt_positions = event
 
     def finished(self) -> None:
         reasons = tuple(sequence.text.finish_reason or "" for sequence in self._sequences)
@@ -228,7 +234,6 @@ class GenerationStream:
                 cached_prompt_tokens=self._cached_prompt_tokens,
                 finish_reasons=reasons,
                 matched_stops=tuple(sequence.text.matched_stop for sequence in self._sequences),
-                prompt_logprobs=self._prompt_logprobs,
             )
         )
         self._observer.succeeded(reasons, time.monotonic() - self.ticket.arrival_s)

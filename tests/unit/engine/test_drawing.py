@@ -131,6 +131,28 @@ def test_a_draw_on_a_boundary_takes_what_has_mass(draw: float, expected: int, mo
     assert tokens.tolist() == [expected]
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("temperature", [1e-20, 1e-38, 5e-324])
+def test_the_smallest_temperatures_draw_the_likeliest_token_that_is_allowed(temperature: float, top_k: int) -> None:
+    scores = torch.tensor([[-torch.inf, 11.0, 12.0, -40.0, -torch.inf]])
+    tokens = torch.zeros(1, dtype=torch.int64)
+    sampling = Sampling(do_sample=True, temperature=temperature, top_k=top_k, seed=1)
+    Sampler([row_with(sampling)], torch.device("cpu")).choose(scores, tokens)
+    assert tokens.tolist() == [2]
+
+
+def test_fewer_tokens_than_top_k_are_kept_where_fewer_are_allowed() -> None:
+    scores_SV = torch.full((2, 5000), -torch.inf)
+    scores_SV[0, [7, 40]] = torch.tensor([1.0, 2.0])
+    scores_SV[1, 9] = 0.5
+    rows = [row_with(Sampling(do_sample=True, top_k=50)), row_with(Sampling(do_sample=True, top_k=1))]
+    group = drawing._group("top_k", [0, 1], rows, torch.device("cpu"))
+    values_SN, ids_SN = drawing._most_likely(scores_SV, group)
+    assert values_SN.tolist() == [[2.0, 1.0], [0.5, -torch.inf]]
+    assert ids_SN[0].tolist() == [40, 7]
+    assert ids_SN[1, 0] == 9
+
+
 def test_temperature_zero_is_greedy() -> None:
     (prompt,) = prompts([9])
     model = tiny_model("llama")

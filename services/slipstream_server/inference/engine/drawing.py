@@ -22,6 +22,8 @@ from slipstream_server.inference.engine.draws import uniforms
 from slipstream_server.inference.engine.transfers import to_device
 
 _FIRST_GUESS = 256
+# What float32 scores can be divided by. A temperature below it draws the likeliest token just as well.
+_LEAST_TEMPERATURE = 1e-30
 _GROWTH = 8
 
 
@@ -100,7 +102,7 @@ def _group(kind: str, picked: list[int], rows: Sequence[Row], device: torch.devi
         kind=kind,
         rows=mine,
         index=to_device(np.array(picked), device),
-        temperature=column([s.temperature for s in samplings], 1.0),
+        temperature=column([max(s.temperature, _LEAST_TEMPERATURE) for s in samplings], 1.0),
         top_k=to_device(np.array([s.top_k for s in samplings]), device)[:, None],
         top_p=column([s.top_p for s in samplings], 1.0),
         min_p=column([s.min_p for s in samplings], 0.0),
@@ -158,7 +160,8 @@ def _most_likely(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, 
     best_SK = scores_SV.topk(most, dim=1).values
     top_k_S1 = group.top_k.clamp(max=vocab_size)
     least_S1 = best_SK.gather(1, top_k_S1 - 1)
-    num_kept = int((scores_SV >= least_S1).sum(dim=1).max())
+    # Of banned tokens, those of -inf, there may be more than may be kept.
+    num_kept = max(1, int(((scores_SV >= least_S1) & (scores_SV > -torch.inf)).sum(dim=1).max()))
     values_SN, ids_SN = scores_SV.topk(num_kept, dim=1)
     return values_SN.masked_fill(values_SN < least_S1, -torch.inf).double(), ids_SN
 

@@ -10,6 +10,7 @@ import grpc
 
 from slipstream.inference.v1 import inference_service_pb2 as inference_pb2
 from slipstream_server.errors import InvalidField
+from slipstream_server.inference.calls import FinishedEvent, GenerateEvent
 from slipstream_server.inference.front import InferenceFront
 from slipstream_server.models.tokenizer import TokenSpan
 from slipstream_server.resource_names import ModelName
@@ -33,7 +34,10 @@ class InferenceServicer(TaskMethods):
     ) -> inference_pb2.GenerateResponse:
         call = convert.generate_call(request, deadline_monotonic_s(context))
         async with await self._front.open(call) as events:
-            return convert.generate_response([event async for event in events])
+            found = [event async for event in events]
+        if _is_long(found[-1]):
+            return await asyncio.to_thread(convert.generate_response, found)
+        return convert.generate_response(found)
 
     async def StreamGenerate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -41,7 +45,10 @@ class InferenceServicer(TaskMethods):
         call = convert.generate_call(request, deadline_monotonic_s(context))
         async with await self._front.open(call) as events:
             async for event in events:
-                yield convert.stream_response(event)
+                if _is_long(event):
+                    yield await asyncio.to_thread(convert.stream_response, event)
+                else:
+                    yield convert.stream_response(event)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -75,6 +82,11 @@ class InferenceServicer(TaskMethods):
 
     def _model(self, name: str) -> str:
         return self._front.name_of(convert.model_id(name))
+
+
+def _is_long(event: GenerateEvent) -> bool:
+    """Whether others need not wait while it is written out: a prompt's log-probabilities may be many."""
+    return isinstance(event, FinishedEvent) and bool(event.prompt_logprobs)
 
 
 def _tokenized(spans: Iterable[TokenSpan], model: str) -> inference_pb2.TokenizeResponse:
