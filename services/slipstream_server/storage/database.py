@@ -11,6 +11,7 @@ Knows no table. Lives on the service's event loop; each SQLite connection has a 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ class Database:
         return self._sqlite_engine(role, options) if self.is_sqlite else self._postgres_engine(role, options)
 
     def _sqlite_engine(self, role: Role, options: dict[str, Any]) -> AsyncEngine:
-        engine = create_async_engine(self._url, **options)
+        engine = create_async_engine(self._url, connect_args={"factory": _LockReturning}, **options)
         lock_timeout_ms = round(1000 * self._lock_timeout_s(role))
 
         @event.listens_for(engine.sync_engine, "connect")
@@ -209,6 +210,17 @@ class Database:
 def after_commit(session: AsyncSession, callback: Callable[[], None]) -> None:
     """Run ``callback`` once the write transaction of ``session`` is on disk; not at all when it rolls back."""
     session.info.setdefault(_AFTER_COMMIT, []).append(callback)
+
+
+class _LockReturning(sqlite3.Connection):
+    """Gives its lock back when it is closed. SQLite itself waits for statements that nobody has read to their end, and
+    those of a task that was cancelled live on in its traceback.
+    """
+
+    def close(self) -> None:
+        if self.in_transaction:
+            self.rollback()
+        super().close()
 
 
 def _prepare_sqlite(connection: DBAPIConnection, role: Role, lock_timeout_ms: int) -> None:

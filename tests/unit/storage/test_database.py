@@ -149,6 +149,24 @@ async def test_a_write_cancelled_at_any_moment_is_whole_or_absent(shelves: Datab
         assert await visits(shelves) - before in (10, 11)
 
 
+async def test_a_connection_closed_within_a_statement_gives_the_lock_back(tmp_path: Path) -> None:
+    """As where a task is cancelled while it reads: its traceback keeps the statement alive."""
+    one, other = (Database(DatabaseConfig.sqlite(tmp_path / "a.db")) for _ in range(2))
+    async with one._writers.connect() as connection:
+        driver = (await connection.get_raw_connection()).driver_connection
+        assert driver is not None
+        await connection.execute(text("CREATE TABLE kept (number INTEGER)"))
+        cursor = await driver.execute("SELECT 1 UNION ALL SELECT 2")
+        assert await cursor.fetchone() == (1,)
+        await driver.close()
+        async with other.write() as session:
+            await session.execute(text("CREATE TABLE kept (number INTEGER)"))
+        assert cursor is not None
+        await connection.invalidate()
+    await one.close()
+    await other.close()
+
+
 async def test_after_commit_runs_only_after_a_commit(shelves: Database) -> None:
     ran: list[str] = []
     with pytest.raises(RuntimeError):
