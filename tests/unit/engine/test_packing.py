@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slipstream_server.inference.engine import packing
-from slipstream_server.inference.engine.packing import PackedLinear, pack_linears
+from slipstream_server.inference.engine.packing import PackedLinear, pack_linears, side_by_side
 from slipstream_server.inference.worker_process import UNLESS_SET
 
 
@@ -57,6 +57,19 @@ def test_layers_packed_together_give_the_plain_products_whatever_they_are_given(
             outputs = packed[layer](inputs)
             torch.testing.assert_close(outputs, linears[layer](inputs), rtol=1e-4, atol=1e-5)
             outputs.zero_()
+
+
+@pytest.mark.parametrize("chosen", [(0, 1, 2), (0, 1), (1, 0, 2)])
+def test_products_side_by_side_are_those_of_each_layer(chosen: tuple[int, ...]) -> None:
+    linears = [nn.Linear(40, width).eval() for width in (24, 8, 72)]
+    packed = PackedLinear.of(*linears)
+    inputs = torch.randn(1, 3, 40)
+    with torch.inference_mode():
+        expected = torch.cat([linears[index](inputs) for index in chosen], dim=-1)
+        found = side_by_side(*(packed[index] for index in chosen))(inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        plain = side_by_side(*(linears[index] for index in chosen))(inputs)
+        torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_are_given_alike_multiply_once(monkeypatch: pytest.MonkeyPatch) -> None:

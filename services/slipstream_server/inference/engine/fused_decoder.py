@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from slipstream_server.inference.engine import fused_kernels
-from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, flat_items, rotates_halves
+from slipstream_server.inference.engine.fusing import FusedGates, FusedNorm, rotates_halves
+from slipstream_server.inference.engine.packing import side_by_side
 from slipstream_server.inference.engine.paged_attention import SEAT, AttentionRule, CpuMemory, ShapeProbe, numpy_items
 
 _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"}
@@ -48,8 +49,9 @@ class _FusedLayer:
         self._decoder = decoder
         self._original = module.forward
         self._attention, self._size, self._rule = attention, size, rule
-        self._queries, self._keys, self._values = attention.q_proj, attention.k_proj, attention.v_proj
-        self._joined = attention.o_proj
+        self._project = side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._num_heads = attention.q_proj.out_features // size
+        self._join = attention.o_proj
         self._first_norm: FusedNorm = module.input_layernorm.forward
         self._second_norm: FusedNorm = module.post_attention_layernorm.forward
         self._gates: FusedGates = module.mlp.forward
@@ -70,22 +72,19 @@ class _FusedLayer:
         ):
             return self._original(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         attended = self._attend(memory, self._first_norm(hidden_states), *position_embeddings)
-        sums, normed = self._second_norm.of_sum(hidden_states, self._joined(attended))
-        return sums + self._gates(normed)
+        sums, normed = self._second_norm.of_sum(hidden_states, self._join(attended))
+        return sums + self._gates.unadapted(normed)
 
     def _attend(
         self, memory: CpuMemory, states_1NW: torch.Tensor, cos_1ND: torch.Tensor, sin_1ND: torch.Tensor
     ) -> torch.Tensor:
         """``[1, N, H * D]`` from normed states."""
-        queries, keys, values = (project(states_1NW)[0] for project in (self._queries, self._keys, self._values))
-        num_tokens, width = queries.shape
         layer = getattr(self._attention, SEAT).layer
-        rotated_NHD = torch.empty((num_tokens, width // self._size, self._size), dtype=torch.float32)
+        rotated_NHD = torch.empty((states_1NW.shape[1], self._num_heads, self._size), dtype=torch.float32)
         fused_kernels.rotate_and_write(
-            *(item for states in (queries, keys, values) for item in (flat_items(states), states.stride(0))),
-            *(numpy_items(states[0]) for states in (cos_1ND, sin_1ND)),
+            *(numpy_items(states[0]) for states in (self._project(states_1NW), cos_1ND, sin_1ND)),
             *memory.places(layer),
             numpy_items(rotated_NHD),
         )
         outputs_NHD = memory.attend_written(layer, rotated_NHD, self._rule)
-        return outputs_NHD.view(1, num_tokens, -1).to(states_1NW.dtype)
+        return outputs_NHD.flatten(1)[None].to(states_1NW.dtype)

@@ -90,12 +90,7 @@ def add_norm(
 
 @compiled(parallel=True)
 def rotate_and_write(
-    queries: Any,
-    query_stride: int,
-    keys: Any,
-    key_stride: int,
-    values: Any,
-    value_stride: int,
+    projected_NP: Any,
     cos_ND: Any,
     sin_ND: Any,
     rows_N: Any,
@@ -105,32 +100,35 @@ def rotate_and_write(
     values_BKLD: Any,
     rotated_NHD: Any,
 ) -> None:
-    """Rotary positions for flat queries, in float32, and flat keys, which go to their blocks with the values."""
+    """Rotary positions for queries, in float32, and keys, which go to their blocks with the values: of each token the
+    queries of all heads stand first, then the keys, then the values.
+    """
     num_tokens, num_query_heads, size = rotated_NHD.shape
     num_heads, length = values_BKLD.shape[1:3]
+    first_key = num_query_heads * size
+    first_value = first_key + num_heads * size
     half = size // 2
     for n in prange(num_tokens):
-        cos_D, sin_D = cos_ND[n], sin_ND[n]
+        projected_P, cos_D, sin_D = projected_NP[n], cos_ND[n], sin_ND[n]
         block, place = tables_SB[rows_N[n], positions_N[n] // length], positions_N[n] % length
         for h in range(num_query_heads):
-            begin = n * query_stride + h * size
-            query_D, rotated_D = queries[begin : begin + size], rotated_NHD[n, h]
+            query_D, rotated_D = projected_P[h * size : (h + 1) * size], rotated_NHD[n, h]
             for d in range(half):
                 first, second = number_of(query_D[d]), number_of(query_D[d + half])
                 rotated_D[d] = first * number_of(cos_D[d]) - second * number_of(sin_D[d])
                 rotated_D[d + half] = second * number_of(cos_D[d + half]) + first * number_of(sin_D[d + half])
         for h in range(num_heads):
-            begin = n * key_stride + h * size
-            key_D, key_DL = keys[begin : begin + size], keys_BKDL[block, h]
+            begin = first_key + h * size
+            key_D, key_DL = projected_P[begin : begin + size], keys_BKDL[block, h]
             for d in range(half):
                 first, second = number_of(key_D[d]), number_of(key_D[d + half])
                 lower = first * number_of(cos_D[d]) - second * number_of(sin_D[d])
                 upper = second * number_of(cos_D[d + half]) + first * number_of(sin_D[d + half])
                 key_DL[d, place] = item_like(lower, key_D[d])
                 key_DL[d + half, place] = item_like(upper, key_D[d])
-            begin = n * value_stride + h * size
+            begin = first_value + h * size
             for d in range(size):
-                values_BKLD[block, h, place, d] = values[begin + d]
+                values_BKLD[block, h, place, d] = projected_P[begin + d]
 
 
 @compiled(parallel=True)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from slipstream_server.inference.engine import fused_kernels
+from slipstream_server.inference.engine.packing import side_by_side
 from slipstream_server.inference.engine.paged_attention import numpy_items
 
 logger = logging.getLogger(__name__)
@@ -122,16 +123,28 @@ class FusedGates:
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._original: Callable[[torch.Tensor], torch.Tensor] = module.forward
         self._gate, self._up, self._down = (getattr(module, name) for name in _GATED)
+        self._both = side_by_side(self._gate, self._up)
         self._dtype = dtype
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if states.dtype != self._dtype or states.dim() != 3 or len(states) != 1:
             return self._original(states)
-        gates, ups = self._gate(states)[0], self._up(states)[0]
-        outputs_NW = torch.empty(gates.shape, dtype=gates.dtype)
-        fused_kernels.silu_times(
-            flat_items(gates), gates.stride(0), flat_items(ups), ups.stride(0), numpy_items(outputs_NW)
+        gates_NW, ups_NW = self._gate(states)[0], self._up(states)[0]
+        return self._times(
+            gates_NW.shape, flat_items(gates_NW), gates_NW.stride(0), flat_items(ups_NW), ups_NW.stride(0)
         )
+
+    def unadapted(self, states_1NW: torch.Tensor) -> torch.Tensor:
+        """The same for contiguous states of the model's dtype, past whatever adapters add to gates and ups."""
+        pairs_NP = numpy_items(self._both(states_1NW)[0])
+        num_tokens, stride = pairs_NP.shape
+        width, flat = stride // 2, pairs_NP.reshape(-1)
+        return self._times((num_tokens, width), flat, stride, flat[width:], stride)
+
+    def _times(self, shape: tuple[int, ...], *gates_and_ups: Any) -> torch.Tensor:
+        """Down from silu(gates) * ups, which are given as to the kernel."""
+        outputs_NW = torch.empty(shape, dtype=self._dtype)
+        fused_kernels.silu_times(*gates_and_ups, numpy_items(outputs_NW))
         result: torch.Tensor = self._down(outputs_NW[None])
         return result
 

@@ -11,7 +11,7 @@ Adapters wrap around packed layers like around any nn.Linear.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -67,7 +67,7 @@ class _Product:
     """Multiplies one tensor by the weights of several layers."""
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
-        self._layers = layers
+        self.layers = layers
         self._sizes = [layer.out_features for layer in layers]
         weight = (
             torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
@@ -76,11 +76,23 @@ class _Product:
         biases = [bias.detach() for layer in layers if (bias := layer._parameters.get("bias")) is not None]
         self._bias = torch.cat(biases) if biases else None
 
+    def joint(self, inputs: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
+        return product
+
     def __call__(self, inputs: torch.Tensor) -> dict[PackedLinear, torch.Tensor]:
-        product = torch.ops.mkldnn._linear_pointwise(inputs, self._packed, self._bias, "none", [], "")
-        if len(self._layers) == 1:
-            return {self._layers[0]: product}
-        return dict(zip(self._layers, product.split(self._sizes, dim=-1), strict=True))
+        product = self.joint(inputs)
+        if len(self.layers) == 1:
+            return {self.layers[0]: product}
+        return dict(zip(self.layers, torch.split(product, self._sizes, dim=-1), strict=True))
+
+
+def side_by_side(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What gives the outputs of all these layers for one tensor, one beside the other; by one product where it can."""
+    first = linears[0]
+    if isinstance(first, PackedLinear) and first._product.layers == list(linears):
+        return first._product.joint
+    return lambda inputs: torch.cat([linear(inputs) for linear in linears], dim=-1)
 
 
 @torch.inference_mode()
