@@ -7,7 +7,8 @@
 A request is in at most one of the two; it leaves by exactly one call of ``finished``, ``fail`` or ``withdraw``. About
 ``max_rows`` rows are in flight, so that the worker never lacks work and the order of the rest stays the queue's to
 decide. Requests that have seen a worker die are dispatched one at a time, each when the one before has its first token:
-a poisoned request takes nobody without a token along when it kills the next worker.
+a poisoned request takes nobody without a token along when it kills the next worker. Beam searches give none before
+their end: they count as begun with their first column.
 
 Synchronous code on the event loop. Knows nothing of text, processes or restarts.
 """
@@ -80,14 +81,14 @@ class TaskSink(Sink, Protocol):
 class Errand(ABC):
     """A request of any kind on its way.
 
-    ``num_deaths`` counts workers that died with it, ``has_joined`` says that it is in a batch, ``has_tokens`` that it
-    cannot start over.
+    ``num_deaths`` counts workers that died with it, ``has_joined`` says that it is in a batch, ``is_bound`` that it
+    cannot start over with another one: tokens have gone out, or a search has begun, which gives them only at its end.
     """
 
     arrival_s: float = field(default_factory=time.monotonic)
     num_deaths: int = 0
     has_joined: bool = False
-    has_tokens: bool = False
+    is_bound: bool = False
 
     @property
     @abstractmethod
@@ -276,7 +277,7 @@ class Dispatcher:
             self._leave(ticket)
             ticket.num_deaths += 1
             ticket.has_joined = False
-            if ticket.has_tokens:
+            if ticket.is_bound:
                 ticket.told.fail(WorkerDied("the model's worker died in the middle of the answer", retry_after_s=1.0))
             elif ticket.num_deaths >= MAX_DEATHS:
                 ticket.told.fail(WorkerDied(f"{ticket.num_deaths} workers died while they held this request"))
@@ -323,6 +324,8 @@ class Dispatcher:
         match event:
             case Admitted():
                 ticket.has_joined = True
+                if ticket.is_search:
+                    self._bind(ticket)
                 ticket.told.admitted(event)
             case Finished():
                 self._leave(ticket)
@@ -343,8 +346,8 @@ class Dispatcher:
         if isinstance(event, PromptLogprobs):
             ticket.sink.prompt_logprobs(event)
             return
-        self._clear(ticket)
-        ticket.has_joined = ticket.has_tokens = True
+        ticket.has_joined = True
+        self._bind(ticket)
         if ticket.sink.tokens(event) and self._send is not None:
             self._send(EndSequence(event.id, event.index))
 
@@ -385,6 +388,11 @@ class Dispatcher:
 
     def _rows_of(self, ticket: Errand) -> int:
         return 0 if self._is_beside(ticket) else ticket.num_rows
+
+    def _bind(self, ticket: Errand) -> None:
+        """Whatever becomes of its worker, nobody waits for this one any more."""
+        ticket.is_bound = True
+        self._clear(ticket)
 
     def _clear(self, ticket: Errand) -> None:
         if self._suspect is ticket:

@@ -4,13 +4,17 @@ by name.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from tests.unit.engine.continuous_driving import ContinuousBench
 from tests.unit.engine.driving import EOS, Bench, generate_alone, prompts, request, tiny_model
 
 from slipstream_server.inference.engine.beam_rules import unsupported_with_beams
+from slipstream_server.inference.engine.packed_pass import PackedModel
+from slipstream_server.inference.engine.passes import Traits
 from slipstream_server.inference.generation import AdapterPin, Beams, Sampling, Stopping
 
 
@@ -116,6 +120,38 @@ def test_searches_of_different_settings_and_plain_requests_are_all_answered() ->
     assert [narrow.tokens[0]] == beams_alone(model, first, num_beams=2, max_new_tokens=6, eos_token_id=None)
     assert [wide.tokens[0]] == beams_alone(model, second, num_beams=4, max_new_tokens=9, eos_token_id=None)
     assert plain.tokens[0] == generate_alone(model, first, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("batching", ["padded", "continuous"])
+def test_a_search_among_scores_that_are_no_numbers_ends_in_an_error(batching: str) -> None:
+    """Of one prompt alone: whoever comes after it is answered."""
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    bad, good = prompts([5, 6])
+    bench = Bench(model) if batching == "padded" else ContinuousBench(PackedModel(Traits.of(model)))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[bad[-1]] = float("nan")
+    assert bad[-1] not in good
+    failed, answered = bench.run(
+        request(bad, 6, beams=Beams(num_beams=2)), request(good, 6, beams=Beams(num_beams=2, length_penalty=0.8))
+    )
+    assert failed.failure is not None
+    assert failed.failure.reason == "INTERNAL"
+    assert [answered.tokens[0]] == beams_alone(
+        plain, good, num_beams=2, length_penalty=0.8, max_new_tokens=6, eos_token_id=None
+    )
+
+
+@pytest.mark.parametrize("batching", ["padded", "continuous"])
+@pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}])
+def test_what_a_checkpoint_says_of_caches_changes_no_search(settings: dict[str, Any], batching: str) -> None:
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    model.generation_config.update(**settings)
+    prompt = prompts([7])[0]
+    bench = Bench(model) if batching == "padded" else ContinuousBench(PackedModel(Traits.of(model)))
+    (answer,) = bench.run(request(prompt, 8, beams=Beams(num_beams=3)))
+    assert [answer.tokens[0]] == beams_alone(plain, prompt, num_beams=3, max_new_tokens=8, eos_token_id=None)
 
 
 def test_a_search_is_cancelled_between_its_tokens_and_its_neighbour_is_not() -> None:

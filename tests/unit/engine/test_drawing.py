@@ -62,6 +62,29 @@ samplings = st.builds(
 )
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(samplings, min_size=1, max_size=6), st.integers(0, 10_000), st.sampled_from([3, 60, 700]))
+def test_what_a_gpu_is_not_asked_for_changes_no_draw(mixed: list[Sampling], seed: int, vocab_size: int) -> None:
+    """Where the host does not ask how many candidates there are, all of them are sorted: the same tokens come out."""
+    generator = torch.Generator().manual_seed(seed)
+    scores_SV = torch.randn(len(mixed), vocab_size, generator=generator) * 3
+    if all(sampling.top_p == 1.0 for sampling in mixed):
+        # Ties with the k-th stay, all of them; which of several likeliest ones stands first for top_p is anybody's say.
+        scores_SV = (2 * scores_SV).round() / 2
+    scores_SV[:, ::7] = -torch.inf
+    rows = [row_with(sampling, index) for index, sampling in enumerate(mixed)]
+
+    def drawn() -> list[int]:
+        tokens_S = torch.full((len(rows),), -1)
+        Sampler(rows, torch.device("cpu")).choose(scores_SV, tokens_S)
+        return tokens_S.tolist()
+
+    asked = drawn()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "_may_ask", lambda _: False)
+        assert drawn() == asked
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.lists(samplings, min_size=1, max_size=6), st.integers(0, 10_000), st.sampled_from([3, 60, 700]))
 def test_filters_equal_transformers_row_by_row(mixed: list[Sampling], seed: int, vocab_size: int) -> None:

@@ -103,6 +103,21 @@ def test_presence_and_frequency_penalties_count_generated_tokens_only() -> None:
     torch.testing.assert_close(change, expected)
 
 
+def test_counts_follow_a_row_as_it_grows() -> None:
+    """Beside numpy's own counting, from far more different tokens than there is room for at first."""
+    drawn = np.random.default_rng(3).integers(0, 300, size=600).tolist()
+    row = row_of(drawn[:100], [])
+    for token in drawn[100:]:
+        row.append(token)
+        if token % 7:  # not looked at after every token
+            continue
+        for (found, counts), whole in ((row.counts, row.tokens), (row.counts_generated, row.generated)):
+            expected, expected_counts = np.unique(whole, return_counts=True)
+            order = np.argsort(found)
+            assert found[order].tolist() == expected.tolist()
+            assert counts[order].tolist() == expected_counts.tolist()
+
+
 def test_neutral_rows_need_no_step_and_stay_as_they_are() -> None:
     neutral, other = row_of([5, 6], [7]), row_of([5, 6], [7], sampling=Sampling(repetition_penalty=1.5))
     assert not Processors([neutral], HouseRules()).are_needed

@@ -170,6 +170,24 @@ def test_suspects_go_to_the_new_worker_one_at_a_time() -> None:
     assert line.submitted == [3]
 
 
+def test_a_search_that_has_begun_fails_with_its_worker_and_keeps_nobody_waiting() -> None:
+    busy = dispatcher()
+    begun, lying_ready, late = ticket(1, num_beams=4), ticket(2, num_beams=4), ticket(3)
+    busy.connect(Line(), searches_beside=True)
+    busy.submit(begun[0])
+    busy.submit(lying_ready[0])
+    busy.handle(Admitted(1))
+    busy.disconnect()
+    assert isinstance(begun[1].ends[0], WorkerDied)
+    busy.submit(late[0])
+    busy.connect(line := Line(), searches_beside=True)
+    assert line.submitted == [2]
+    # Its tokens come at its end, which may be long.
+    busy.handle(Admitted(2))
+    assert line.submitted == [2, 3]
+    busy.check_integrity()
+
+
 def test_a_deadline_in_the_queue_never_reaches_the_worker() -> None:
     busy = dispatcher()
     late, sink = ticket(1)

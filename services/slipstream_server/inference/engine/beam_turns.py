@@ -60,9 +60,7 @@ class BeamTurns:
             return
         if self._stack.dead:
             self._running = None
-            for row, token_ids in zip(generation.rows, answers, strict=True):
-                if row.is_live:
-                    ledger.append(row, token_ids)
+            ledger.answer(generation, answers)
 
     def _begin(self, generation: Generation, outbox: Outbox) -> None:
         outbox.put(Admitted(generation.request.id))

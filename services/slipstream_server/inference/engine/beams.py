@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from slipstream_server.errors import InvalidField
+from slipstream_server.errors import InternalError, InvalidField
+from slipstream_server.inference.engine.choosing import NOT_NUMBERS
 from slipstream_server.inference.engine.core import Generation
 from slipstream_server.inference.engine.passes import Traits, padded
 from slipstream_server.inference.generation import GenerationRequest
@@ -65,7 +66,8 @@ def search(
     """Each generation's answers, best first, as many as it has rows. All must have the same ``beam_key``. ``cache``
     holds what was read already, for every beam.
 
-    Raises InvalidField where the settings leave a search without an answer.
+    Raises InvalidField where the settings leave a search without an answer, and InternalError where the model's
+    scores do.
     """
     requests = [generation.request for generation in generations]
     prompts = [np.array(request.prompt_token_ids, dtype=np.int64) for request in requests]
@@ -88,15 +90,18 @@ def search(
 
 def _check_whole(answers: Sequence[list[int]], request: GenerationRequest, pad_token_id: int) -> None:
     """Transformers 5.23 gives a beam that has not ended the score -1e9. A length penalty far below 0 gives worse ones
-    to those that have, and what comes back is a beam that was never gone on with.
+    to those that have, and what comes back is a beam that was never gone on with. So it is, too, where scores are no
+    numbers: beside those, nothing is the better beam.
     """
     penalty = request.beams.length_penalty
     ends = {*request.stopping.eos_token_ids, *request.stopping.stop_token_ids}
     for tokens in answers:
         is_ended = bool(tokens) and tokens[-1] in ends
-        is_full = len(tokens) >= request.stopping.max_new_tokens and tokens[-1] != pad_token_id
-        if penalty < 0 and not is_ended and not is_full:
+        is_full = len(tokens) >= request.stopping.max_new_tokens
+        if penalty < 0 and not is_ended and not (is_full and tokens[-1] != pad_token_id):
             raise InvalidField.of("beam.length_penalty", f"{penalty:g} leaves no answer with a score; go nearer to 0")
+        if not is_ended and not is_full:
+            raise InternalError(NOT_NUMBERS)
 
 
 class _Unwanted(StoppingCriteria):  # type: ignore[misc]
@@ -139,6 +144,9 @@ def _settings(traits: Traits, request: GenerationRequest) -> dict[str, Any]:
         "sequence_bias": {(token_id,): float(bias) for token_id, bias in sampling.logit_bias.items()} or None,
         "return_dict_in_generate": False,
         "output_scores": False,
+        # A search goes on from what its beams have read, whatever a checkpoint says that was last used for training.
+        "use_cache": True,
+        "cache_implementation": None,
     }
 
 

@@ -57,9 +57,11 @@ class Chooser:
         self._sampler = Sampler(rows, device)
         self._guided = [(i, row.guide) for i, row in enumerate(rows) if isinstance(row.guide, Guide)]
         self._masks = Masks([guide for _, guide in self._guided]) if self._guided else None
+        self._guided_places = to_device(np.array([index for index, _ in self._guided], dtype=np.int64), device)
         self._wanted = [
             (index, row.request.logprobs) for index, row in enumerate(rows) if row.request.logprobs is not None
         ]
+        self._wanted_places = to_device(np.array([index for index, _ in self._wanted], dtype=np.int64), device)
 
     def prepare(self) -> None:
         """Call before the forward pass: what does not need its logits is begun on another thread."""
@@ -72,11 +74,12 @@ class Chooser:
         raw_WV = self._logprobs_wanted(scores_RV)
         best_R, tokens_R = scores_RV.max(dim=1)
         broken_R = ~best_R.isfinite()
-        if self._processors.are_needed:
+        changes = self._processors.are_needed
+        if changes:
             self._processors.apply(scores_RV)
         if self._masks is not None:
             self._apply_masks(scores_RV, self._masks)
-        if self._processors.are_needed or self._masks is not None:
+        if changes or self._masks is not None:
             best_R, tokens_R = scores_RV.max(dim=1)
         usable_R = best_R.isfinite()
         if self._sampler.has_rows:
@@ -96,23 +99,22 @@ class Chooser:
     def _apply_masks(self, scores_RV: torch.Tensor, masks: Masks) -> None:
         device = scores_RV.device
         banned_GV = to_device(masks.wait(scores_RV.shape[1]), device)
-        index_G = to_device(np.array([index for index, _ in self._guided]), device)
-        scores_RV[index_G] = scores_RV.index_select(0, index_G).masked_fill(banned_GV, -torch.inf)
+        places_G = self._guided_places
+        scores_RV[places_G] = scores_RV.index_select(0, places_G).masked_fill(banned_GV, -torch.inf)
         for index, guide in self._guided:
-            if guide.is_complete and not bool(scores_RV[index].max().isfinite()):
-                scores_RV[index, [i for i in guide.ends if i < scores_RV.shape[1]]] = 0.0
+            if guide.is_complete:
+                ends = to_device(np.array([i for i in guide.ends if i < scores_RV.shape[1]], dtype=np.int64), device)
+                scores_V = scores_RV[index]
+                scores_V[ends] = torch.where(scores_V.max().isfinite(), scores_V[ends], 0.0)
 
     def _logprobs_wanted(self, scores_RV: torch.Tensor) -> torch.Tensor | None:
         if not self._wanted:
             return None
-        return scores_RV.index_select(0, self._wanted_places(scores_RV.device)).float().log_softmax(dim=1)
+        return scores_RV.index_select(0, self._wanted_places).float().log_softmax(dim=1)
 
     def _logprobs_of(self, raw_WV: torch.Tensor, tokens_R: torch.Tensor) -> TopOf:
-        tokens_W = tokens_R.index_select(0, self._wanted_places(tokens_R.device))
+        tokens_W = tokens_R.index_select(0, self._wanted_places)
         return TopOf(raw_WV, tokens_W, [number or 0 for _, number in self._wanted])
-
-    def _wanted_places(self, device: torch.device) -> torch.Tensor:
-        return to_device(np.array([index for index, _ in self._wanted]), device)
 
 
 class Chosen:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ from slipstream_server.inference.engine.choosing import NOT_NUMBERS, Chooser, Ch
 from slipstream_server.inference.engine.constraints import Grammars
 from slipstream_server.inference.engine.continuous_scheduler import Chunk, ContinuousScheduler, StepLimits
 from slipstream_server.inference.engine.core import Generation, Row
-from slipstream_server.inference.engine.drafting import draft
+from slipstream_server.inference.engine.drafting import draft, verified
 from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS, BlockPool
 from slipstream_server.inference.engine.ledger import Ledger, named
@@ -216,24 +217,31 @@ class ContinuousEngine:
 
     def _run(self, chunks: Sequence[Chunk]) -> None:
         """Run the chunks, in halves where that fails."""
-        try:
-            self._advance(chunks)
-        except Exception as error:
-            if is_fatal(error):
-                raise
-            self._chooser = self._ahead = None
-            if len(chunks) == 1:
-                self._ledger.fail(chunks[0].sequence.row.request.id, named(error, "running one sequence"))
-                return
-            if not is_out_of_memory(error):
-                log_failure(error, f"running {len(chunks)} sequences; each half is tried alone")
-            middle = len(chunks) // 2
-            for half in (chunks[:middle], chunks[middle:]):
-                self._run([chunk for chunk in half if chunk.sequence.row.is_live])
+        parts = deque([chunks])
+        while parts:
+            part = [chunk for chunk in parts.popleft() if chunk.sequence.row.is_live]
+            if not part:
+                continue
+            try:
+                self._advance(part)
+            except Exception as error:
+                # The halves run when the failed forward's tensors are gone with its traceback.
+                parts.extendleft(self._halves(part, error))
+
+    def _halves(self, chunks: Sequence[Chunk], error: Exception) -> tuple[Sequence[Chunk], ...]:
+        """What is to be run alone after a failure, last first; fails the request that is alone with the error."""
+        if is_fatal(error):
+            raise error
+        self._chooser = self._ahead = None
+        if len(chunks) == 1:
+            self._ledger.fail(chunks[0].sequence.row.request.id, named(error, "running one sequence"))
+            return ()
+        if not is_out_of_memory(error):
+            log_failure(error, f"running {len(chunks)} sequences; each half is tried alone")
+        middle = len(chunks) // 2
+        return chunks[middle:], chunks[:middle]
 
     def _advance(self, chunks: Sequence[Chunk]) -> None:
-        if not chunks:
-            return
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             chunks = ahead.first(chunks)
@@ -245,7 +253,7 @@ class ContinuousEngine:
         for chunk in chunks:
             if chunk.sequence.wants_prompt_logits:
                 self._read_prompt(chunk, logits_MV[places[chunk] + 1 - num_wanted(chunk) : places[chunk] + 1])
-        accepted = {chunk: self._verify(chunk, logits_MV, places[chunk]) for chunk in chunks if chunk.drafts}
+        accepted = verified([chunk for chunk in chunks if chunk.drafts], logits_MV, places)
         if len(plain) != len(logits_MV):
             wanted = np.array([places[chunk] for chunk in plain], dtype=np.int64)
             logits_MV = logits_MV.index_select(0, to_device(wanted, logits_MV.device))
@@ -308,19 +316,6 @@ class ContinuousEngine:
         if not self._max_draft_tokens or not self._rules.is_empty or sequence.wants_prompt_logits:
             return ()
         return draft(sequence.row, self._max_draft_tokens)
-
-    def _verify(self, chunk: Chunk, logits_MV: torch.Tensor, last: int) -> list[int]:
-        """The drafts that the model would have chosen itself, and the token it chooses after them; nothing where its
-        scores are no numbers.
-        """
-        scores_M, best_M = logits_MV[last - len(chunk.drafts) : last + 1].max(dim=1)
-        if not bool(scores_M.isfinite().all()):
-            return []
-        best = best_M.tolist()
-        num_right = 0
-        while num_right < len(chunk.drafts) and chunk.drafts[num_right] == best[num_right]:
-            num_right += 1
-        return best[: num_right + 1]
 
     def _take_drafted(self, chunk: Chunk, tokens: list[int]) -> None:
         """The tokens go to the row first: blocks that are full with them are named by them."""

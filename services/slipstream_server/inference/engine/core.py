@@ -32,6 +32,32 @@ class RowGuide(Protocol):
         """Take the row's next token."""
 
 
+class TokenCounts:
+    """How often each token stands in a sequence that grows. Bringing it up to date costs what is new, not what is
+    there.
+    """
+
+    __slots__ = ("_counts", "_num_read", "_places", "_tokens")
+
+    def __init__(self) -> None:
+        self._num_read = 0
+        self._places: dict[int, int] = {}
+        self._tokens: TokenArray = np.empty(_FIRST_TOKEN_CAPACITY, dtype=np.int64)
+        self._counts: TokenArray = np.zeros(_FIRST_TOKEN_CAPACITY, dtype=np.int64)
+
+    def of(self, tokens: TokenArray) -> tuple[TokenArray, TokenArray]:
+        """The different ones among the sequence's tokens and their counts: views, valid until the next call."""
+        for token in tokens[self._num_read :].tolist():
+            place = self._places.setdefault(token, len(self._places))
+            if place == len(self._tokens):
+                self._tokens = np.concatenate([self._tokens, np.empty_like(self._tokens)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._tokens[place] = token
+            self._counts[place] += 1
+        self._num_read = len(tokens)
+        return self._tokens[: len(self._places)], self._counts[: len(self._places)]
+
+
 class Row:
     """One sequence: the context the model has seen (prompt, or the decoder's start token) and what was generated.
 
@@ -39,6 +65,8 @@ class Row:
     """
 
     __slots__ = (
+        "_counts",
+        "_counts_generated",
         "_eos",
         "_length",
         "_stops",
@@ -63,6 +91,8 @@ class Row:
         self._tokens: TokenArray = np.empty(len(context) + _FIRST_TOKEN_CAPACITY, dtype=np.int64)
         self._tokens[: len(context)] = context
         self._length = len(context)
+        self._counts = TokenCounts()
+        self._counts_generated = TokenCounts()
         self._eos = frozenset(request.stopping.eos_token_ids)
         self._stops = frozenset(request.stopping.stop_token_ids)
 
@@ -75,6 +105,16 @@ class Row:
     def generated(self) -> TokenArray:
         """Generated tokens alone; a view, valid until the next ``append``."""
         return self._tokens[self.num_context : self._length]
+
+    @property
+    def counts(self) -> tuple[TokenArray, TokenArray]:
+        """The different tokens of ``tokens`` and how often each is there; views, valid until the next call."""
+        return self._counts.of(self.tokens)
+
+    @property
+    def counts_generated(self) -> tuple[TokenArray, TokenArray]:
+        """The same of ``generated``."""
+        return self._counts_generated.of(self.generated)
 
     @property
     def num_generated(self) -> int:

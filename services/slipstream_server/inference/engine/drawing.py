@@ -5,8 +5,9 @@ stay), top_p (a token stays while the more likely ones hold less than top_p), mi
 the cumulative distribution, in token-id order and float64, at the row's own uniform number: neither the batch nor the
 order of candidates has a say.
 
-Most work happens on candidates: rows with top_k or top_p are narrowed to the few tokens that can survive before
-anything is sorted. Shapes: S sampled rows of one kind, V vocabulary, N candidates.
+On a CPU most work happens on candidates: rows with top_k or top_p are narrowed to the few tokens that can survive
+before anything is sorted. How many those are the host would have to ask, which a GPU is not waited for: it sorts all.
+Shapes: S sampled rows of one kind, V vocabulary, N candidates.
 """
 
 from __future__ import annotations
@@ -113,8 +114,7 @@ def _group(kind: str, picked: list[int], rows: Sequence[Row], device: torch.devi
 def _draw(scores_SV: torch.Tensor, group: _Group) -> torch.Tensor:
     values_SN, ids_SN = _candidates(scores_SV, group)
     if group.kind != "whole":
-        ids_SN, order_SN = ids_SN.sort(dim=1)
-        values_SN = values_SN.gather(1, order_SN)
+        values_SN, ids_SN = _by_id(values_SN, ids_SN, scores_SV.shape[1])
     mass_SN = (values_SN - values_SN.amax(dim=1, keepdim=True)).exp().cumsum(dim=1, dtype=torch.float64)
     draws = uniforms(
         [row.request.sampling.seed for row in group.rows],
@@ -129,6 +129,18 @@ def _draw(scores_SV: torch.Tensor, group: _Group) -> torch.Tensor:
     return ids_SN.gather(1, chosen_S1.clamp(max=ids_SN.shape[1] - 1))[:, 0]
 
 
+def _by_id(values_SN: torch.Tensor, ids_SN: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates in token-id order."""
+    if ids_SN.shape[1] == vocab_size:
+        return torch.empty_like(values_SN).scatter_(1, ids_SN, values_SN), _all_ids(values_SN)
+    ids_SN, order_SN = ids_SN.sort(dim=1)
+    return values_SN.gather(1, order_SN), ids_SN
+
+
+def _all_ids(scores_SV: torch.Tensor) -> torch.Tensor:
+    return torch.arange(scores_SV.shape[1], device=scores_SV.device).expand(scores_SV.shape)
+
+
 def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
     """Filtered scores and their token ids: by falling score and in float64, for ``whole`` by token id."""
     if group.temperature is not None:
@@ -139,9 +151,7 @@ def _candidates(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, t
     elif group.kind == "top_p":
         values_SN, ids_SN, log_total_S1 = _nucleus(scores_SV, group)
     else:
-        values_SN = scores_SV
-        ids_SN = torch.arange(scores_SV.shape[1], device=scores_SV.device).expand(scores_SV.shape)
-        log_total_S1 = None
+        values_SN, ids_SN, log_total_S1 = scores_SV, _all_ids(scores_SV), None
     if group.top_p is not None and log_total_S1 is not None:
         values_SN = _keep_top_p(values_SN, group.top_p, log_total_S1)
     if group.min_p is not None:
@@ -160,9 +170,11 @@ def _most_likely(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, 
     best_SK = scores_SV.topk(most, dim=1).values
     top_k_S1 = group.top_k.clamp(max=vocab_size)
     least_S1 = best_SK.gather(1, top_k_S1 - 1)
-    # Of banned tokens, those of -inf, there may be more than may be kept.
-    num_kept = max(1, int(((scores_SV >= least_S1) & (scores_SV > -torch.inf)).sum(dim=1).max()))
-    values_SN, ids_SN = scores_SV.topk(num_kept, dim=1)
+    num_kept = vocab_size
+    if _may_ask(scores_SV):
+        # Of banned tokens, those of -inf, there may be more than may be kept.
+        num_kept = max(1, int(((scores_SV >= least_S1) & (scores_SV > -torch.inf)).sum(dim=1).max()))
+    values_SN, ids_SN = _best(scores_SV, num_kept)
     return values_SN.masked_fill(values_SN < least_S1, -torch.inf).double(), ids_SN
 
 
@@ -171,13 +183,27 @@ def _nucleus(scores_SV: torch.Tensor, group: _Group) -> tuple[torch.Tensor, torc
     assert group.top_p is not None
     vocab_size = scores_SV.shape[1]
     log_total_S1 = scores_SV.logsumexp(dim=1, keepdim=True).double()
-    size = min(_FIRST_GUESS, vocab_size)
+    size = min(_FIRST_GUESS, vocab_size) if _may_ask(scores_SV) else vocab_size
     while True:
-        values_SN, ids_SN = scores_SV.topk(size, dim=1)
+        values_SN, ids_SN = _best(scores_SV, size)
         held_S = (values_SN.double() - log_total_S1).exp().sum(dim=1)
         if size == vocab_size or bool((held_S >= group.top_p[:, 0]).all()):
             return values_SN.double(), ids_SN, log_total_S1
         size = min(size * _GROWTH, vocab_size)
+
+
+def _may_ask(scores_SV: torch.Tensor) -> bool:
+    """Whether the host may look at what comes out without waiting for a device."""
+    return scores_SV.device.type == "cpu"
+
+
+def _best(scores_SV: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """So many of the best scores and their token ids, by falling score."""
+    if number == scores_SV.shape[1]:
+        values_SV, ids_SV = scores_SV.sort(dim=1, descending=True)
+        return values_SV, ids_SV
+    values_SN, ids_SN = scores_SV.topk(number, dim=1)
+    return values_SN, ids_SN
 
 
 def _keep_top_p(values_SN: torch.Tensor, top_p_S1: torch.Tensor, log_total_S1: torch.Tensor) -> torch.Tensor:

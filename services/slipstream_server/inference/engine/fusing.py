@@ -131,7 +131,7 @@ class FusedGates:
             return self._original(states)
         gates_NW, ups_NW = self._gate(states)[0], self._up(states)[0]
         return self._times(
-            gates_NW.shape, flat_items(gates_NW), gates_NW.stride(0), flat_items(ups_NW), ups_NW.stride(0)
+            gates_NW.shape, _flat_items(gates_NW), gates_NW.stride(0), _flat_items(ups_NW), ups_NW.stride(0)
         )
 
     def unadapted(self, states_1NW: torch.Tensor) -> torch.Tensor:
@@ -188,12 +188,12 @@ def _rotated(states: torch.Tensor, cos_ND: npt.NDArray[Any], sin_ND: npt.NDArray
     _, num_heads, num_tokens, size = states.shape
     outputs_NHD = torch.empty((num_tokens, num_heads, size), dtype=states.dtype)
     fused_kernels.rotate(
-        flat_items(states), states.stride(2), states.stride(1), cos_ND, sin_ND, numpy_items(outputs_NHD)
+        _flat_items(states), states.stride(2), states.stride(1), cos_ND, sin_ND, numpy_items(outputs_NHD)
     )
     return outputs_NHD.transpose(0, 1)[None]
 
 
-def flat_items(tensor: torch.Tensor) -> npt.NDArray[Any]:
+def _flat_items(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The memory from a tensor's first item to its last."""
     length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return numpy_items(tensor.as_strided((length,), (1,)))

@@ -74,6 +74,12 @@ class Ledger:
             self.finish_if_over(self._generations[row.request.id])
         return len(taken)
 
+    def answer(self, generation: Generation, answers: Sequence[Sequence[int]]) -> None:
+        """Give every row that is still wanted its whole answer."""
+        for row, token_ids in zip(generation.rows, answers, strict=True):
+            if row.is_live:
+                self.append(row, token_ids)
+
     def fail(self, request_id: int, error: SlipstreamError) -> None:
         """End a request that is under way with its one terminal event."""
         if (generation := self._generations.pop(request_id, None)) is not None:

@@ -20,6 +20,7 @@ import torch
 from slipstream_server.inference.engine.adapters import AdapterSlots
 from slipstream_server.inference.engine.continuous_scheduler import Chunk
 from slipstream_server.inference.engine.decode_graphs import DecodeGraphs, Record
+from slipstream_server.inference.engine.faults import is_fatal, is_out_of_memory
 from slipstream_server.inference.engine.gpu_memory import GpuMemory, new_gpu_memory
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
 from slipstream_server.inference.engine.paged_attention import (
@@ -71,7 +72,8 @@ class PackedModel:
         self._check_rules(probe)
         expected_TV = self._expected()
         if self._is_on_cpu:
-            self._fuse(probe)
+            with _said_as("fused layers"):
+                self._fuse(probe)
         with _said_as("a forward from blocks"), self._fused(as_one=True):
             self._check(expected_TV)
 
@@ -287,12 +289,15 @@ class PackedModel:
 
 @contextlib.contextmanager
 def _said_as(what: str) -> Iterator[None]:
-    """Whatever fails within it, but for want of memory, is UnsupportedAttention, with its name."""
+    """Whatever fails within it, but for want of memory or a lost device, is UnsupportedAttention, with its name."""
     try:
         yield
-    except (UnsupportedAttention, torch.OutOfMemoryError):
+    except UnsupportedAttention:
         raise
     except Exception as error:
+        if is_out_of_memory(error) or is_fatal(error):
+            raise
+        logger.warning("the model cannot run %s: %s", what, error, exc_info=error)
         raise UnsupportedAttention(f"{what} ({type(error).__name__})") from error
 
 

@@ -56,6 +56,8 @@ class PackedLinear(nn.Linear):
         parts: dict[PackedLinear, torch.Tensor] | None = getattr(inputs, _PARTS, None)
         part = parts.pop(self, None) if parts else None
         if part is None:
+            if len(self._product.layers) == 1:
+                return self._product.joint(inputs)
             parts = self._product(inputs)
             part = parts.pop(self)
             if parts:
@@ -81,10 +83,7 @@ class _Product:
         return product
 
     def __call__(self, inputs: torch.Tensor) -> dict[PackedLinear, torch.Tensor]:
-        product = self.joint(inputs)
-        if len(self.layers) == 1:
-            return {self.layers[0]: product}
-        return dict(zip(self.layers, torch.split(product, self._sizes, dim=-1), strict=True))
+        return dict(zip(self.layers, torch.split(self.joint(inputs), self._sizes, dim=-1), strict=True))
 
 
 def side_by_side(*linears: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -211,15 +211,17 @@ class PaddedEngine:
         generations = [generation for generation in generations if not generation.is_over]
         if not generations:
             return
+        halves: list[list[Generation]] = []
         try:
             answers = search(self._traits, generations, self._beams_stop)
         except Exception as error:
-            self._recover_beams(generations, error)
-            return
-        for generation, answer in zip(generations, answers, strict=True):
-            for row, token_ids in zip(generation.rows, answer, strict=True):
-                if row.is_live:
-                    self._ledger.append(row, token_ids)
+            halves = self._halves_of_beams(generations, error)
+        else:
+            for generation, answer in zip(generations, answers, strict=True):
+                self._ledger.answer(generation, answer)
+        # By now the failed search's tensors are gone with its traceback.
+        for half in halves:
+            self._search_beams(half)
 
     def _beams_stop(self) -> None:
         self._poll()
@@ -240,17 +242,16 @@ class PaddedEngine:
             middle = len(rows) // 2
             self._parts.extendleft([rows[middle:], rows[:middle]])
 
-    def _recover_beams(self, generations: list[Generation], error: Exception) -> None:
-        """Search for each half alone, or fail the request that is alone with the error."""
+    def _halves_of_beams(self, generations: list[Generation], error: Exception) -> list[list[Generation]]:
+        """What is to be searched for alone after a failure; fails the request that is alone with the error."""
         if is_fatal(error):
             raise error
         alive = [generation for generation in generations if not generation.is_over]
         if len(alive) == 1:
             self._ledger.fail(alive[0].request.id, named(error, "running a beam search"))
-            return
+            return []
         middle = len(alive) // 2
-        for half in (alive[:middle], alive[middle:]):
-            self._search_beams(half)
+        return [alive[:middle], alive[middle:]]
 
     def _let_in(self) -> None:
         """Requests whose grammar is compiled now wait for a batch."""

@@ -95,15 +95,16 @@ class Processors:
         self._repetitive = _pick(rows, lambda s: s.repetition_penalty != 1.0)
         self._penalized = _pick(rows, lambda s: s.presence_penalty != 0.0 or s.frequency_penalty != 0.0)
         self._ngrams = _pick(rows, lambda s: s.no_repeat_ngram_size > 0)
-        self._unending = [(i, row) for i, row in enumerate(rows) if row.request.stopping.min_new_tokens > 0]
+        self._unending = [(i, row) for i, row in enumerate(rows) if _may_not_end(row)]
         forces = any(row.request.forced_first_token_id is not None for row in rows)
         self._has_rules = forces or not rules.is_empty
+        self._biases: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @property
     def are_needed(self) -> bool:
-        """Whether any step would change anything."""
-        steps = (self._biased, self._repetitive, self._penalized, self._ngrams, self._unending)
-        return any(steps) or self._has_rules
+        """Whether any step would change anything now."""
+        steps = (self._biased, self._repetitive, self._penalized, self._ngrams)
+        return self._has_rules or any(steps) or any(_may_not_end(row) for _, row in self._unending)
 
     def apply(self, scores_RV: torch.Tensor) -> None:
         """Change the scores in place."""
@@ -121,18 +122,20 @@ class Processors:
             self._apply_rules(scores_RV)
 
     def _add_biases(self, scores_RV: torch.Tensor) -> None:
-        pairs = Pairs(scores_RV.shape[1])
-        for index, row in self._biased:
-            bias = row.request.sampling.logit_bias
-            pairs.add(index, list(bias), list(bias.values()))
-        if (found := pairs.on(scores_RV)) is not None:
-            rows_K, tokens_K, values_K = found
+        if self._biases is None:
+            pairs = Pairs(scores_RV.shape[1])
+            for index, row in self._biased:
+                bias = row.request.sampling.logit_bias
+                pairs.add(index, list(bias), list(bias.values()))
+            self._biases = pairs.on(scores_RV)
+        if self._biases is not None:
+            rows_K, tokens_K, values_K = self._biases
             scores_RV[rows_K, tokens_K] += values_K
 
     def _penalize_repetition(self, scores_RV: torch.Tensor) -> None:
         pairs = Pairs(scores_RV.shape[1])
         for index, row in self._repetitive:
-            pairs.add(index, np.unique(row.tokens), row.request.sampling.repetition_penalty)
+            pairs.add(index, row.counts[0], row.request.sampling.repetition_penalty)
         if (found := pairs.on(scores_RV)) is not None:
             rows_K, tokens_K, penalties_K = found
             old_K = scores_RV[rows_K, tokens_K]
@@ -141,7 +144,7 @@ class Processors:
     def _penalize_presence(self, scores_RV: torch.Tensor) -> None:
         pairs = Pairs(scores_RV.shape[1])
         for index, row in self._penalized:
-            tokens, counts = np.unique(row.generated, return_counts=True)
+            tokens, counts = row.counts_generated
             sampling = row.request.sampling
             pairs.add(index, tokens, sampling.presence_penalty + sampling.frequency_penalty * counts)
         if (found := pairs.on(scores_RV)) is not None:
@@ -158,7 +161,7 @@ class Processors:
         pairs = Pairs(scores_RV.shape[1])
         for index, row in self._unending:
             stopping = row.request.stopping
-            if row.num_generated < stopping.min_new_tokens:
+            if _may_not_end(row):
                 pairs.add(index, (*stopping.eos_token_ids, *stopping.stop_token_ids))
         _ban(scores_RV, pairs)
 
@@ -168,7 +171,7 @@ class Processors:
         for index, row in enumerate(self._rows):
             if (forced := self._forced(row)) is not None:
                 scores_RV[index] = -torch.inf
-                scores_RV[index, list(forced)] = 0.0
+                scores_RV[index].index_fill_(0, to_device(np.array(forced), scores_RV.device), 0.0)
             pairs.add(index, rules.suppressed)
             if row.num_generated == (0 if self._first_forced(row) is None else 1):
                 pairs.add(index, rules.suppressed_first)
@@ -202,6 +205,10 @@ def tokens_completing_ngrams(tokens: TokenArray, size: int) -> TokenArray:
 def _ban(scores_RV: torch.Tensor, pairs: Pairs) -> None:
     if (found := pairs.on(scores_RV)) is not None:
         scores_RV[found[0], found[1]] = -torch.inf
+
+
+def _may_not_end(row: Row) -> bool:
+    return row.num_generated < row.request.stopping.min_new_tokens
 
 
 def _pick(rows: Sequence[Row], wants: Callable[[Sampling], bool]) -> Picked:
