@@ -16,7 +16,7 @@ PYTEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n > 4 ? 4
 # pip does not byte-compile: Python does it for the modules that are used, which saves a minute of setup.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup test lint format types imports unit slow faults soak test-parity test-kernels test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine bench-gpu bench-tasks proto clean
+.PHONY: help setup test lint format types imports unit slow faults soak test-parity test-kernels test-clients test-deploy demo bench-serving bench-loading bench-adapters bench-peers bench-engine bench-gpu bench-tasks bench-kv profile-engine proto clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -60,7 +60,7 @@ faults: $(STAMP) ## killed processes, full disks, crowds, slow readers: what mus
 
 SOAK_MINUTES ?= 20
 soak: $(STAMP) ## mixed traffic for SOAK_MINUTES: memory flat, nothing stuck, everything ended once, as a JSON line
-	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:. $(BIN)/python -m tests.faults.soak --minutes $(SOAK_MINUTES) --json $(SOAK_ARGS)
 
 test-parity: $(STAMP) ## tasks against the pipelines of Transformers 4.57 (golden files) and of the installed release (live)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu' tests/parity $(PYTEST_ARGS)
@@ -98,6 +98,12 @@ bench-tasks: $(STAMP) ## embeddings and classification for 64 callers against pi
 
 bench-gpu: $(STAMP) ## the continuous engine on a GPU: against the bandwidth floor, generate and Transformers (BENCH_ARGS=--help)
 	$(BIN)/python -m tests.bench.gpu_engine $(BENCH_ARGS)
+
+bench-kv: $(STAMP) ## keys and values in blocks against dense slots, concatenation and gathered copies (BENCH_ARGS=--help)
+	$(BIN)/python -m tests.bench.kv_layout $(BENCH_ARGS)
+
+profile-engine: $(STAMP) ## where a decoding step on a CPU spends its time, against what the cores can do (BENCH_ARGS=--help)
+	$(BIN)/python -m tests.bench.engine_profile $(BENCH_ARGS)
 
 proto: $(STAMP) ## write the stubs anew from the .proto files
 	$(BIN)/python protos/generate.py
