@@ -6,7 +6,8 @@ step        one step of so many decoding rows, scheduling and choosing included,
             copies as many bytes as the step must read: weights, keys and values. Copy bandwidth is measured in the
             same run (2 x bytes copied per second, a buffer of ten times the cache).
 throughput  48 requests at once (prompts of 16 to 128 tokens, outputs of 8 to 96, greedy, no end token) against static
-            left-padded ``generate`` in batches of 16, and against Transformers' continuous batching.
+            left-padded ``generate`` in batches of 16, and against Transformers' continuous batching. A peer that fails
+            is left out, and its line says why; where our side fails, so does the command.
 
 smollm2 is SmolLM2-135M-Instruct in bfloat16, 8b a Llama of 8B's shape with random weights. All sides are in one
 process, each with weights of its own, in turns. Without CUDA nothing runs, unless by ``--device cpu --tiny``: a check
@@ -16,20 +17,28 @@ of this program, not a measurement. ``ratio`` is ours over theirs, larger is bet
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import itertools
 import random
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from tests.bench.report import Comparison, emit
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tests.bench.report import Comparison, emit, surroundings
+from transformers import (
+    AutoModelForCausalLM,
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from slipstream_server.inference.engine.continuous import ContinuousEngine
 from slipstream_server.inference.engine.continuous_scheduler import StepLimits
@@ -42,6 +51,8 @@ from slipstream_server.models.sources import resolve
 
 SEED = 20
 GENERATE_BATCH = 16
+MAX_ROWS = 64
+PAGE_TOKENS = 256
 STEP_TOKENS = 2048
 STEPS_PER_RUN = 32
 WARM_UP_STEPS = 4
@@ -131,11 +142,18 @@ class StaticGenerate:
 
 
 class TransformersBatching:
-    """Transformers' own continuous batching with its own settings, its manager kept from run to run."""
+    """Transformers' own continuous batching with its own settings, its manager kept from run to run.
+
+    But its cache is as large as MAX_ROWS rows of two pages (no job needs more than one): left alone it would take most
+    of the device, on which our side has to live too.
+    """
 
     def __init__(self, model: Any) -> None:
         self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE_TOKENS, num_blocks=2 * MAX_ROWS, max_requests_per_batch=MAX_ROWS
+            ),
         )
         self._manager.start()
 
@@ -169,10 +187,15 @@ def main() -> int:
     for model_name in ["tiny"] if arguments.tiny else arguments.models:
         model = _load(model_name, device)
         facts = {"model": model_name, "seed": SEED, "device": name, "dtype": str(model.dtype).removeprefix("torch.")}
-        for line in itertools.chain(
-            step_lines(model, arguments, bytes_per_s, facts), throughput_lines(model, arguments, facts)
-        ):
-            emit(line, save=arguments.save)
+        try:
+            for line in itertools.chain(
+                step_lines(model, arguments, bytes_per_s, facts), throughput_lines(model, arguments, facts)
+            ):
+                emit(line, save=arguments.save)
+        except Exception:
+            traceback.print_exc()
+            print(f"{model_name}: our own side has failed, nothing more is measured", file=sys.stderr)
+            return 1
         del model
     return 0
 
@@ -206,26 +229,60 @@ def step_lines(
 
 
 def throughput_lines(model: Any, arguments: argparse.Namespace, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One line for each peer; a peer that fails is named and left out."""
+    """One line for each peer; that of a peer that fails says why instead of how fast. Ours raises."""
     jobs = closed_jobs(model.config.vocab_size, num_jobs=8 if arguments.tiny else 48)
-    num_tokens = sum(len(job.prompt) + job.max_new_tokens + 64 for job in jobs)
     for versus, make in (("generate", StaticGenerate), ("transformers_cb", TransformersBatching)):
-        if versus in arguments.without:
-            continue
-        peer = None
-        try:
-            peer = make(_copy_of(model))
-            ours = Ours(_copy_of(model), max_rows=64, num_tokens=num_tokens)
-            pairs = _interleaved(lambda ours=ours: ours.run(jobs), lambda peer=peer: peer.run(jobs), arguments.runs)
-            yield _line(
-                facts, workload="closed", versus=versus, ours=pairs[0], theirs=pairs[1], unit="tokens/s",
-                num_requests=len(jobs), recorded=ours.is_recorded,
-            )  # fmt: skip
-        except Exception as error:
-            print(f"{versus} is left out: {type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            if isinstance(peer, TransformersBatching):
-                peer.close()
+        if versus not in arguments.without:
+            try:
+                yield _throughput(model, versus, make, jobs, arguments.runs, facts)
+            except PeerError as error:
+                print(f"{facts['model']}: {versus} is left out: {error}", file=sys.stderr)
+                yield {
+                    "bench": "engine", "workload": "closed", "side": "continuous", "versus": versus,
+                    "left_out": str(error), **facts, **surroundings(),
+                }  # fmt: skip
+
+
+class PeerError(Exception):
+    """The peer has failed, not our side."""
+
+
+@contextlib.contextmanager
+def _as_the_peers() -> Iterator[None]:
+    """Whatever is raised within is the peer's failure."""
+    try:
+        yield
+    except Exception as error:
+        raise PeerError(f"{type(error).__name__}: {error}"[:500]) from error
+
+
+def _throughput(
+    model: Any,
+    versus: str,
+    make: Callable[[Any], StaticGenerate | TransformersBatching],
+    jobs: Sequence[Job],
+    runs: int,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    num_tokens = sum(len(job.prompt) + job.max_new_tokens + 64 for job in jobs)
+    ours = Ours(_copy_of(model), max_rows=MAX_ROWS, num_tokens=num_tokens)
+    twin = _copy_of(model)
+    with _as_the_peers():
+        peer = make(twin)
+
+    def run_peer() -> int:
+        with _as_the_peers():
+            return peer.run(jobs)
+
+    try:
+        pairs = _interleaved(lambda: ours.run(jobs), run_peer, runs)
+    finally:
+        if isinstance(peer, TransformersBatching):
+            peer.close()
+    return _line(
+        facts, workload="closed", versus=versus, ours=pairs[0], theirs=pairs[1], unit="tokens/s",
+        num_requests=len(jobs), recorded=ours.is_recorded,
+    )  # fmt: skip
 
 
 def closed_jobs(vocab_size: int, num_jobs: int) -> list[Job]:

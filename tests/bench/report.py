@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+CHECKOUT = Path(__file__).parents[2]
+PRODUCT = ("services", "clients", "protos", "pyproject.toml")
 RESULTS_FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("slipstream", "torch", "transformers", "grpcio", "tokenizers")
 
@@ -56,11 +59,36 @@ class Comparison:
             "seed": self.seed,
             "device": self.device,
             "dtype": self.dtype,
-            "cores": len(os.sched_getaffinity(0)),
-            "load_average_1min": round(os.getloadavg()[0], 2),
-            "versions": versions(),
+            **surroundings(),
             **self.extra,
         }
+
+
+def surroundings() -> dict[str, Any]:
+    """What a line says of the machine and of what was measured on it."""
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average_1min": round(os.getloadavg()[0], 2),
+        "commit": COMMIT,
+        "versions": versions(),
+    }
+
+
+def commit_of(checkout: Path) -> str:
+    """The commit that is checked out, with "+" where files of the product differ from it; "unknown" without git."""
+    if not (checkout / ".git").exists():  # git would look for one in the folders above
+        return "unknown"
+    git = ("git", "-C", str(checkout))
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *PRODUCT], capture_output=True, check=False)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.returncode else "")
+
+
+# When the bench began: others may commit while it runs.
+COMMIT = commit_of(CHECKOUT)
 
 
 def versions() -> dict[str, str]:

@@ -1,9 +1,12 @@
 """Real services under mixed traffic for minutes: memory stays flat, every request ends exactly once, nothing stays.
 
-    python -m tests.faults.soak [--minutes 20] [--clients 16] [--seed 1] [--kinds KIND ...]
+    python -m tests.faults.soak [--minutes 20] [--clients 16] [--seed 1] [--pool-tokens 4096] [--kinds KIND ...]
+                                [--json] [--save]
 
 Starts the adapter registry, inference (a tiny decoder by continuous batches, a tiny classifier) and chat as processes
-of their own. Prints one JSON line; exit status 1 where a promise was broken, with the reasons in ``problems``.
+of their own. KV memory is small, so that requests of all priorities are put back for others and begin again. When
+everybody has gone, what the service counted must agree with what its clients saw (``soak_books``). Exit status 1 where
+a promise was broken, with the reasons in ``problems``. ``--json`` prints everything in one line.
 """
 
 from __future__ import annotations
@@ -26,12 +29,14 @@ import grpc
 import numpy as np
 import psutil
 from safetensors.numpy import save
+from tests.bench.report import keep, surroundings
 from tests.rpc.adapters_kit import chunk_messages, header_message
 from tests.unit.adapters.lora_files import CONFIG, WEIGHTS, peft_config
 
 from e2e.services import Running, chat_stub, inference_flags, inference_stub, service
 from e2e.tiny_model import write_tiny_model
-from faults.soak_traffic import ADAPTERS, KINDS, Traffic
+from faults.soak_books import HASTY, Counted, disagreements
+from faults.soak_traffic import ADAPTERS, KINDS, LONG_ANSWER_TOKENS, LONG_PROMPT_TOKENS, Traffic
 from slipstream.adapters.v1 import adapter_service_pb2 as adapters_pb2
 from slipstream.adapters.v1 import adapter_service_pb2_grpc as adapter_grpc
 
@@ -40,8 +45,10 @@ SETTLE_TIMEOUT_S = 30.0
 # Of the medians of the last and of the first sixth after the warm-up third; allocators keep a little.
 MOST_GROWTH_BYTES = 32 << 20
 MOST_CHANGED_SHARE = 0.01
-# Prefixes that are kept fill the pool; it is small, so that it is full before memory is judged.
-POOL_TOKENS = 32_768
+# Room for the longest request, not for half of the long ones that the clients may have at once; and kept prefixes fill
+# it before memory is judged.
+POOL_TOKENS = 4096
+LONG_TOKENS = LONG_PROMPT_TOKENS[1] + LONG_ANSWER_TOKENS[1]
 HIDDEN, RANK, LAYERS = 64, 4, 2
 
 
@@ -98,13 +105,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(folder: Path) -> AsyncIterator[Stage]:
+async def stage(folder: Path, pool_tokens: int) -> AsyncIterator[Stage]:
     """All services, with adapters published."""
     from tests.parity.encoder_models import write_model
 
     tiny = write_tiny_model(folder / "tiny")
     judge = write_model("bert-classes", folder / "judge")
-    flags = inference_flags(f"tiny={tiny}", "--model", f"judge={judge}", "--max-batch-tokens", str(POOL_TOKENS))
+    flags = inference_flags(f"tiny={tiny}", "--model", f"judge={judge}", "--max-batch-tokens", str(pool_tokens))
     async with service("adapters", folder / "registry") as registry:
         async with grpc.aio.insecure_channel(registry.address) as channel:
             await publish(adapter_grpc.AdapterServiceStub(channel))
@@ -119,7 +126,7 @@ async def stage(folder: Path) -> AsyncIterator[Stage]:
 
 async def publish(stub: Any) -> None:
     """A live version of every adapter."""
-    for seed, name in enumerate(ADAPTERS):
+    for seed, name in enumerate((*ADAPTERS, HASTY)):
         files = adapter_files(seed)
         header = header_message(name, files, create_missing=True, base_model="models/tiny")
         await stub.UploadAdapter(iter([header, *chunk_messages(files, 100_000)]))
@@ -140,10 +147,10 @@ def adapter_files(seed: int) -> dict[str, bytes]:
     return {CONFIG: json.dumps(config).encode(), WEIGHTS: save(weights, metadata={"format": "pt"})}
 
 
-async def soak(*, minutes: float, clients: int, seed: int, kinds: list[str]) -> dict[str, Any]:
+async def soak(*, minutes: float, clients: int, seed: int, pool_tokens: int, kinds: list[str]) -> dict[str, Any]:
     """The line to print."""
     with tempfile.TemporaryDirectory(prefix="slipstream-soak-") as folder:
-        async with stage(Path(folder)) as on:
+        async with stage(Path(folder), pool_tokens) as on:
             for kind in kinds:  # each once, so that what is loaded on first use is there
                 await on.traffic.one(kind, random.Random(seed))
             memory = Memory(on.processes())
@@ -153,7 +160,11 @@ async def soak(*, minutes: float, clients: int, seed: int, kinds: list[str]) -> 
             await asyncio.gather(*lives)
             following.cancel()
             left = await settle(on.inference)
-            return summary(on, memory, left, minutes=minutes, clients=clients, seed=seed)
+            problems = [f"{name} is {value:g} when nobody is there" for name, value in left.items()]
+            if "long" in kinds and clients * LONG_TOKENS > 2 * pool_tokens and not preemptions(on.inference):
+                problems.append("nobody was ever put back for want of KV memory")
+            asked = {"minutes": minutes, "clients": clients, "seed": seed, "pool_tokens": pool_tokens}
+            return summary(on, memory, problems, **asked)
 
 
 async def settle(inference: Running) -> dict[str, float]:
@@ -170,13 +181,15 @@ def remains(inference: Running) -> dict[str, float]:
     return {name: value for name in names if (value := inference.metric(f"slipstream_{name}"))}
 
 
-def summary(on: Stage, memory: Memory, left: dict[str, float], **asked: Any) -> dict[str, Any]:
-    """Counts, memory, and every broken promise."""
+def preemptions(inference: Running) -> float:
+    return inference.metric("slipstream_num_preemptions_total")
+
+
+def summary(on: Stage, memory: Memory, problems: list[str], **asked: Any) -> dict[str, Any]:
+    """Counts, memory, and every broken promise; those that were found before are ``problems``."""
     traffic = on.traffic
-    problems = [f"{name} is {value:g} when nobody is there" for name, value in left.items()]
-    ended = sum(traffic.ends.values())
-    if ended != sum(traffic.started.values()):
-        problems.append(f"{sum(traffic.started.values())} calls began and {ended} ended")
+    counted = Counted.of(on.inference.metrics(), generator="tiny", judge="judge")
+    problems += disagreements(traffic.seen, counted)
     restarts = on.inference.metric("slipstream_worker_restarts_total")
     if restarts:
         problems.append(f"{restarts:g} workers died")
@@ -189,13 +202,23 @@ def summary(on: Stage, memory: Memory, left: dict[str, float], **asked: Any) -> 
     return {
         "bench": "soak",
         **asked,
-        "calls": ended,
+        "device": "cpu",
+        "dtype": "float32",
+        **surroundings(),
+        "calls": traffic.ends.total(),
         "ends": {f"{kind} {end}": count for (kind, end), count in sorted(traffic.ends.items())},
+        "requests": {
+            "finished": [counted.finished, traffic.seen.finished],
+            "sequences": [counted.sequences.total(), traffic.seen.sequences.total()],
+            "left": [counted.failures.total() - counted.failed(HASTY), traffic.seen.left.total()],
+            "hasty": [counted.failed(HASTY), traffic.seen.unclear],
+            "joined": counted.joined,
+        },
         "tokens": traffic.tokens,
         "changed_answers": [traffic.changed, traffic.repeated],
         "own_mib": {name: memory.curve_mib(name) for name in memory.samples},
         "own_mib_per_minute": {name: round(memory.mib_per_minute(name), 2) for name in memory.samples},
-        "preemptions": on.inference.metric("slipstream_num_preemptions_total"),
+        "preemptions": preemptions(on.inference),
         "is_sound": not problems,
         "problems": problems[:20],
     }
@@ -206,9 +229,16 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pool-tokens", type=int, default=POOL_TOKENS, help="tokens that KV memory holds")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of calls; all of them")
-    line = asyncio.run(soak(**vars(parser.parse_args())))
-    print(json.dumps(line), flush=True)
+    parser.add_argument("--json", action="store_true", help="one JSON line instead of one line for each fact")
+    parser.add_argument("--save", action="store_true", help="keep the line in tests/bench/results")
+    asked = vars(parser.parse_args())
+    as_json, is_kept = asked.pop("json"), asked.pop("save")
+    line = asyncio.run(soak(**asked))
+    print(json.dumps(line) if as_json else "\n".join(f"{name}: {value}" for name, value in line.items()), flush=True)
+    if is_kept:
+        keep(line)
     return 0 if line["is_sound"] else 1
 
 
