@@ -98,8 +98,9 @@ class Traffic:
         """A stream to its very end, entered in the books: one start, one end, and each of its sequences ended once."""
         events = [event async for event in self.inference.StreamGenerate(request)]
         kinds = [event.WhichOneof("event") for event in events]
-        self.check(kinds[:1] == ["started"] and kinds[-1:] == ["finished"], kinds)
-        self.check((kinds.count("started"), kinds.count("finished")) == (1, 1), kinds)
+        told = (kinds[:1], dict(Counter(kinds)), kinds[-1:])
+        self.check(kinds[:1] == ["started"] and kinds[-1:] == ["finished"], told)
+        self.check((kinds.count("started"), kinds.count("finished")) == (1, 1), told)
         ended = [event.delta for event in events if event.HasField("delta") and event.delta.finish_reason]
         expected = list(range(request.response.num_return_sequences or 1))
         self.check(sorted(delta.index for delta in ended) == expected, ended)
