@@ -37,6 +37,11 @@ def alone(name: str, prompt: tuple[int, ...], max_new_tokens: int, **settings: A
     return tuple(generate_alone(reference(name), prompt, max_new_tokens=max_new_tokens, **settings))
 
 
+def padded_bench() -> Bench:
+    """A padded engine of the "llama" above, which has room for everybody."""
+    return Bench(reference("llama"), max_batch_size=64, max_batch_tokens=100_000)
+
+
 class ContinuousBench(Bench):
     """An engine and everything it has said. ``now`` is its clock, which stands still unless moved."""
 

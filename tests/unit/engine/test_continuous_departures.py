@@ -17,7 +17,14 @@ from tests.unit.engine.driving import generate_alone, prompts, request
 
 from slipstream_server.inference.engine.choosing import Chooser
 from slipstream_server.inference.engine.packed_pass import PackedModel
-from slipstream_server.inference.generation import AdapterPin, Beams, Constraint, Finished, Sampling
+from slipstream_server.inference.generation import (
+    AdapterPin,
+    Beams,
+    Constraint,
+    Finished,
+    GenerationRequest,
+    Sampling,
+)
 
 
 def test_a_cancelled_or_late_search_makes_way_for_the_next() -> None:
@@ -144,31 +151,45 @@ def test_an_ended_sequence_stops_and_its_siblings_run_on() -> None:
     assert answer.terminals == [Finished(asked.id)]
 
 
-def test_a_thousand_requests_that_come_and_go_leave_the_pool_whole() -> None:
-    """Every accepted request that is not cancelled ends once; ``Answer`` refuses events after a terminal one."""
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_thousand_requests_cancelled_at_random_leave_the_pool_whole(runs_ahead: bool) -> None:
+    """Anybody at any time: who waits, who is in the middle of the prompt or of the answer. All others end once;
+    ``Answer`` refuses events after a terminal one.
+    """
     chance = random.Random(3)
-    bench = ContinuousBench(packed("llama"), 20, max_step_tokens=96, max_running=12, max_draft_tokens=3)
-    stem = prompts([40])[0]
-    asked, cancelled = [], set()
-    for number in range(1000):
-        each = request(
-            (*stem[: chance.randrange(41)], number % VOCAB), chance.randrange(1, 9), priority=chance.randrange(3),
-            num_return_sequences=chance.choice([1, 1, 1, 2]),
-            deadline_monotonic_s=bench.now + chance.random() if number % 10 == 0 else None,
-        )  # fmt: skip
-        asked.append(each)
-        bench.submit(each)
-        if number % 20 == 19:
-            bench.step()
-            bench.now += 0.1
-        for victim in chance.sample(asked[-30:], min(len(asked), 1)) if chance.random() < 0.93 else []:
-            if not bench.answers[victim.id].terminals:
-                bench.engine.cancel(victim.id)
-                cancelled.add(victim.id)
+    bench = ContinuousBench(
+        packed("llama"), 24, max_step_tokens=60, max_running=16, max_draft_tokens=0 if runs_ahead else 3,
+        runs_ahead=runs_ahead,
+    )  # fmt: skip
+    stem = prompts([60])[0]
+    asked: list[GenerationRequest] = []
+    live: list[int] = []
+    cancelled: dict[int, int] = {}
+    while len(cancelled) < 1000:
+        for _ in range(min(3, 20 - len(live))):
+            each = request(
+                (*stem[: chance.randrange(61)], chance.randrange(3, VOCAB)), chance.randrange(1, 50),
+                priority=chance.randrange(3), num_return_sequences=chance.choice([1, 1, 1, 2]),
+                deadline_monotonic_s=bench.now + 3 * chance.random() if chance.random() < 0.1 else None,
+            )  # fmt: skip
+            asked.append(each)
+            bench.submit(each)
+            live.append(each.id)
+        bench.step()
+        bench.now += 0.1
+        live = [request_id for request_id in live if not bench.answers[request_id].terminals]
+        for victim in chance.sample(live, min(len(live), chance.choice([0, 1, 2, 4]), 1000 - len(cancelled))):
+            bench.engine.cancel(victim)
+            live.remove(victim)
+            cancelled[victim] = sum(map(len, bench.answers[victim].tokens.values()))
     bench.run(most_steps=5000)
-    assert len(cancelled) > 500
+    assert sum(num_said > 0 for num_said in cancelled.values()) > 300, "who was cancelled had hardly begun"
+    assert sum(bench.answers[victim].admissions == 0 for victim in cancelled) > 100
     for each in asked:
         assert len(bench.answers[each.id].terminals) == (each.id not in cancelled)
+    last = request(stem, 40)
+    assert bench.run(last)[0].tokens[0] == list(alone("llama", stem, 40))
+    assert sorted(bench.engine._pool.take(24)) == list(range(24))
 
 
 def test_a_forward_that_fails_for_one_request_fails_it_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,82 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
-from tests.unit.engine.continuous_driving import ContinuousBench, alone, packed, reference
-from tests.unit.engine.crowds import crowd
+from tests.unit.engine.continuous_driving import ContinuousBench, alone, packed, padded_bench, reference
 from tests.unit.engine.decoders import EOS
-from tests.unit.engine.driving import Answer, Bench, generate_alone, prompts, request
+from tests.unit.engine.driving import Answer, generate_alone, prompts, request
 
 from slipstream_server.inference.engine.kv_blocks import BLOCK_TOKENS
-from slipstream_server.inference.generation import Beams, Finished, GenerationRequest, Sampling, Stats, Stopping
-
-MODELS = ["llama", "qwen2"]
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"prefix_caching": False, "num_blocks": 400, "max_step_tokens": 4096, "max_running": 64},
-        {"max_step_tokens": 48, "max_draft_tokens": 4},
-        {"num_blocks": 9, "max_step_tokens": 40},
-        {"num_blocks": 9, "max_step_tokens": 64, "max_draft_tokens": 6, "prefix_caching": False},
-    ],
-    ids=["all at once", "chunks and drafts", "preempted", "preempted with drafts"],
-)
-def test_a_crowd_is_answered_as_by_generate(name: str, options: dict[str, Any]) -> None:
-    """Arrivals, cancels and deadlines at any step; what is answered in part is the beginning of the answer."""
-    chance = random.Random(7)
-    bench = ContinuousBench(packed(name), **options)
-    is_tight = options.get("num_blocks", 400) < 10
-    # Long answers outgrow the room that was free when their sequences joined.
-    wanted = [(p, 70) for p, _ in crowd()[::3]] if is_tight else crowd()
-    asked = [request(p, n, priority=chance.randrange(3)) for p, n in wanted]
-    late = {each.id for each in asked[::9]}
-    asked = [
-        request(each.prompt_token_ids, each.stopping.max_new_tokens, deadline_monotonic_s=bench.now + 5)
-        if each.id in late
-        else each
-        for each in asked
-    ]
-    left, cancelled = list(asked), set()
-    while left:
-        bench.submit(*[left.pop() for _ in range(min(len(left), chance.randrange(7)))])
-        bench.step()
-        victim = chance.choice(asked)
-        if chance.random() < 0.15 and victim.id in bench.answers and not bench.answers[victim.id].terminals:
-            bench.engine.cancel(victim.id)
-            cancelled.add(victim.id)
-        bench.now += 0.3
-    bench.run()
-    num_whole = 0
-    for each in asked:
-        answer = bench.answers[each.id]
-        expected = list(alone(name, each.prompt_token_ids, each.stopping.max_new_tokens))
-        found = answer.tokens.get(0, [])
-        if each.id in cancelled or answer.failure:
-            assert found == expected[: len(found)]
-            assert each.id in cancelled or (answer.failure and answer.failure.reason == "DEADLINE_EXCEEDED")
-        else:
-            assert found == expected
-            assert answer.terminals == [Finished(each.id)]
-            num_whole += 1
-    assert num_whole > 0.6 * len(asked)
-    stats = bench.engine
-    if is_tight:
-        assert stats._scheduler.num_preemptions > 0
-    if options.get("max_draft_tokens"):
-        assert stats._outbox.totals.accepted_draft_tokens > 0
-    assert (stats._scheduler.num_prefix_hits > 0) == options.get("prefix_caching", True)
-
-
-def padded_bench() -> Bench:
-    return Bench(reference("llama"), max_batch_size=64, max_batch_tokens=100_000)
-
+from slipstream_server.inference.generation import Beams, GenerationRequest, Sampling, Stats, Stopping
 
 SAMPLED = [
     Sampling(do_sample=True, seed=1),
@@ -140,7 +74,7 @@ def test_prompt_logprobs_of_chunks_that_end_with_one_token_beside_drafts() -> No
     """A prompt of 129 tokens is read in two chunks; the second one is a single token, whose prompt repeats itself."""
     prompt = prompts([4])[0] * 32 + (9,)
     prompt = (*prompt[1:], prompt[0])
-    asked = [{"prompt_logprobs": 1}, {"prompt_logprobs": 1}]
+    asked: list[dict[str, Any]] = [{"prompt_logprobs": 1}, {"prompt_logprobs": 1}]
     found = ContinuousBench(packed("llama"), max_step_tokens=512, max_draft_tokens=4).run(
         *[request(prompt, 5, **fields) for fields in asked]
     )

@@ -33,8 +33,8 @@ from slipstream_server.inference.worker_config import WorkerConfig
 from slipstream_server.models.load_options import LoadOptions
 
 CONTINUOUS = [
-    "llama-biased", "llama-odd-heads", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma3", "phi", "phi3", "gpt2",
-    "opt", "gpt_neox", "stablelm",
+    "llama-biased", "llama-odd-heads", "qwen2", "qwen2-sliding", "qwen3", "mistral", "gemma", "gemma3", "phi", "phi3",
+    "gpt2", "opt", "gpt_neox", "stablelm",
 ]  # fmt: skip
 # Experts multiply in float32 at most, and Gemma 2's own softmax is in float32. In float32, layers are fused.
 IN_FLOAT32 = [
