@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote
 
 from slipstream_server.errors import InvalidField, UnsupportedField
 from slipstream_server.inference.generation import Constraint
@@ -21,6 +22,8 @@ MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_NESTING = 64
 MAX_ENUM_VALUES = 4096
 MAX_MULTIPLE_OF_DIGITS = 10_000
+MAX_COMMON_MULTIPLE = 50_000
+MAX_JOINED_PATTERNS = 12
 MAX_REGEX_BYTES = 4 * 1024
 MAX_REGEX_POSITIONS = 65_536
 MAX_CHOICES = 1024
@@ -31,6 +34,10 @@ _REPETITION = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
 _BRACED_ESCAPE = re.compile(r"\\[pPxuU]\{[^{}]*\}")
 _VERBOSE_FLAG = re.compile(r"\(\?[a-wyzA-Z]*x")
 _GRAMMAR_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"?|/(?:\\.|[^/\\\n])+/?[a-z]*|//[^\n]*|\#[^\n]*')
+_INTERSECTION = re.compile(r"&|~(?!\s*[0-9])")
+_MAX_SCHEMA_STEPS = 100
+_NAMED = ("properties", "patternProperties")
+_PLACES = (*_NAMED, "items", "prefixItems", "additionalItems", "additionalProperties")
 _GRAMMAR_REFUSED = re.compile(r"%(?!ignore\b|import\b)\w+|<[^<>\n]*>|@\w+|\b(?:temperature|max_tokens|stop|suffix)\b")
 
 
@@ -88,6 +95,7 @@ def _check_schema(text: str) -> None:
     if isinstance(schema, dict) and "x-guidance" in schema:
         raise UnsupportedField.of(field, "x-guidance is not a keyword of JSON Schema; remove it")
     num_values = num_steps = 0
+    common_multiple = 1
     for level, key, value in _walk(schema):
         if level > MAX_SCHEMA_NESTING:
             raise InvalidField.of(field, f"is nested deeper than {MAX_SCHEMA_NESTING} levels")
@@ -95,6 +103,7 @@ def _check_schema(text: str) -> None:
             num_values += len(value)
         elif key == "multipleOf" and isinstance(value, int | float):
             num_steps += _significand(value)
+            common_multiple = min(math.lcm(common_multiple, _significand(value) or 1), MAX_COMMON_MULTIPLE + 1)
         elif key == "pattern" and isinstance(value, str):
             check_pattern(field, value)
         elif key == "patternProperties" and isinstance(value, dict):
@@ -106,6 +115,12 @@ def _check_schema(text: str) -> None:
         raise InvalidField.of(
             field, f"its multipleOf, without decimal points, add up to {num_steps}; at most {MAX_MULTIPLE_OF_DIGITS}"
         )
+    if common_multiple > MAX_COMMON_MULTIPLE:
+        text = f"the least common multiple of its multipleOf, without decimal points, exceeds {MAX_COMMON_MULTIPLE}"
+        raise InvalidField.of(field, text)
+    if _num_joined(schema) > MAX_JOINED_PATTERNS:
+        text = f"lays more than {MAX_JOINED_PATTERNS} patterns and formats on one value together (allOf, $ref)"
+        raise InvalidField.of(field, text)
 
 
 def _walk(schema: Any) -> Iterator[tuple[int, str, Any]]:
@@ -118,6 +133,57 @@ def _walk(schema: Any) -> Iterator[tuple[int, str, Any]]:
             pending += [(level + 1, name, item) for name, item in value.items()]
         elif isinstance(value, list):
             pending += [(level + 1, "", item) for item in value]
+
+
+def _num_joined(schema: Any) -> int:
+    """How many patterns and formats one value may have to match at once, at most: the compiler's work and memory double
+    with each of them.
+    """
+    every = sum(key in ("pattern", "format") for _, key, _ in _walk(schema))
+    known: dict[int, int] = {}
+
+    def joined(node: Any, steps: int) -> int:
+        if not isinstance(node, dict):
+            return 0
+        if steps > _MAX_SCHEMA_STEPS:
+            return every
+        if id(node) not in known:
+            known[id(node)] = 0  # what refers to itself adds nothing
+            known[id(node)] = count(node, steps + 1)
+        return known[id(node)]
+
+    def count(node: dict[str, Any], steps: int) -> int:
+        own = sum(isinstance(node.get(key), str) for key in ("pattern", "format"))
+        own += sum(joined(part, steps) for part in _parts(node, "allOf"))
+        for names in (("anyOf",), ("oneOf",), _PLACES):
+            own += max((joined(part, steps) for name in names for part in _parts(node, name)), default=0)
+        if isinstance(reference := node.get("$ref"), str):
+            found, target = _referred(schema, reference)
+            own += joined(target, steps) if found else every
+        return own
+
+    return joined(schema, 0)
+
+
+def _parts(node: dict[str, Any], name: str) -> list[Any]:
+    """The schemas under a keyword: one, a list of them, or named ones."""
+    value = node.get(name)
+    if isinstance(value, list):
+        return value
+    return list(value.values()) if isinstance(value, dict) and name in _NAMED else [value]
+
+
+def _referred(schema: Any, reference: str) -> tuple[bool, Any]:
+    """What a pointer within the schema points to, if it is one and points anywhere."""
+    target = schema
+    if not reference.startswith("#"):
+        return False, None
+    for step in unquote(reference[1:]).split("/")[1:]:
+        name = step.replace("~1", "/").replace("~0", "~")
+        if not isinstance(target, dict) or name not in target:
+            return False, None
+        target = target[name]
+    return reference == "#" or "/" in reference, target
 
 
 def _significand(value: float) -> int:
@@ -141,7 +207,12 @@ def _check_grammar(text: str) -> None:
     for literal in _GRAMMAR_TEXT.findall(text):
         if literal.startswith("/") and not literal.startswith("//"):
             check_pattern(field, literal)
-    if found := _GRAMMAR_REFUSED.search(_GRAMMAR_TEXT.sub(" ", text)):
+    bare = _GRAMMAR_TEXT.sub(" ", text)
+    if len(_INTERSECTION.findall(bare)) >= MAX_JOINED_PATTERNS:
+        raise InvalidField.of(
+            field, f"has {MAX_JOINED_PATTERNS} or more intersections (&) and negations (~); use fewer"
+        )
+    if found := _GRAMMAR_REFUSED.search(bare):
         raise UnsupportedField.of(field, f"{found[0][:40]!r} is not available; use rules, terminals and %ignore")
 
 

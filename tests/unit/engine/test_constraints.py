@@ -6,6 +6,7 @@ import json
 import queue
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,12 @@ def test_without_grammars_a_constraint_is_refused_by_name() -> None:
     assert answer.failure.reason == "UNSUPPORTED_FIELD"
 
 
+def linked(number: int, reference: str) -> dict[str, Any]:
+    """Definitions that each have a pattern and refer to the next one."""
+    defs = {f"a{i}": {"pattern": f"a{i}", "$ref": reference.format(i + 1)} for i in range(number)}
+    return {"$defs": {**defs, f"a{number}": {"type": "string"}}, "$ref": reference.format(0)}
+
+
 @pytest.mark.parametrize(
     ("kind", "text", "choices"),
     [
@@ -273,6 +280,12 @@ def test_without_grammars_a_constraint_is_refused_by_name() -> None:
         ("json_schema", '{"items":' * 1000 + "{}" + "}" * 1000, ()), ("json_schema", "[" * 60_000, ()),
         ("json_schema", "{", ()), ("json_schema", "[1]", ()), ("json_schema", '{"x-guidance": {}}', ()),
         ("json_schema", '{"multipleOf": 999983}', ()), ("json_schema", '{"pattern": "(a{999}){999}"}', ()),
+        ("json_schema", json.dumps({"allOf": [{"multipleOf": step} for step in (97, 0.89, 83)]}), ()),
+        ("json_schema", json.dumps({"allOf": [{"pattern": f"a{i}"} for i in range(24)]}), ()),
+        ("json_schema", json.dumps({"allOf": [{"properties": {"k": {"pattern": f"a{i}"}}} for i in range(24)]}), ()),
+        ("json_schema", json.dumps(linked(24, "#/$defs/a{}")), ()),
+        ("json_schema", json.dumps({"allOf": [{"$ref": "b"}], **linked(24, "a{}")}), ()),
+        ("grammar", "start: T\nT: " + " & ".join(f"/.*a{i}.*/" for i in range(24)), ()),
         ("choice", "", ()), ("choice", "", ("a", "")), ("choice", "", ("a",) * 2000), ("choice", "", ("a" * 2000,)),
         ("grammar", "start: <|im_end|>", ()), ("grammar", 'start: "a"\n%llguidance {}', ()), ("grammar", "", ()),
     ],
@@ -280,6 +293,34 @@ def test_without_grammars_a_constraint_is_refused_by_name() -> None:
 def test_what_is_too_much_is_refused_before_it_is_compiled(kind: Any, text: str, choices: tuple[str, ...]) -> None:
     with pytest.raises(InvalidRequest, match=r"^constraint\."):
         check_constraint(Constraint(kind=kind, text=text, choices=choices))
+
+
+MANY = 10**9
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "maxLength": MANY}, {"type": "string", "minLength": MANY, "maxLength": MANY},
+        {"type": "array", "items": {"type": "boolean"}, "minItems": MANY},
+        {"type": "array", "items": {"type": "boolean"}, "maxItems": MANY}, {"type": "array", "maxItems": MANY},
+        {"type": "string", "minLength": MANY, "pattern": "^[a-z]+(ab|cd)*$"}, {"type": "string", "maxLength": 10**12},
+        {"type": "object", "properties": {f"k{i}": {"type": "string", "pattern": f"^.*a{i}"} for i in range(60)}},
+        {"type": "string", "allOf": [{"pattern": f"^.*a{i}.*b"} for i in range(12)]},
+    ],
+    ids=lambda schema: json.dumps(schema)[:60],
+)  # fmt: skip
+def test_bounds_however_large_are_taken_or_refused_at_once(
+    model: Any, grammars: Grammars, folder: Path, schema: dict[str, Any]
+) -> None:
+    constrained = asked("json_schema", json.dumps(schema), stopping=Stopping(max_new_tokens=30, eos_token_ids=(EOS,)))
+    started_s = time.process_time()
+    (answer,) = run(bench(model, grammars), constrained)
+    assert time.process_time() - started_s < 10
+    if answer.failure is not None:
+        assert (answer.failure.reason, answer.failure.message[:11]) == ("INVALID_FIELD", "constraint.")
+    elif answer.finish_reasons[0] == "eos_token":
+        jsonschema.validate(json.loads(text_of(folder, answer.tokens[0])), schema)
 
 
 @pytest.mark.parametrize(("kind", "encodes"), [("byte_fallback", False), ("metaspace", True)])
