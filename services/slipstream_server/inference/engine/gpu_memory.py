@@ -7,7 +7,7 @@ without waiting. Recorded steps (decode_graphs) bring tables of their own. Engin
 Blocks are laid out as on a CPU, where they were measured against other layouts (cpu_attention), but for keys that are
 not transposed: a program loads a tile of them either way. That is an expectation, as everything about speed is here:
 neither these kernels nor gathered copies have been measured on a GPU. ``python -m tests.bench.kv_layout --device cuda``
-is to do it. On a CPU gathering takes 4 to 26 times as long as reading in place, so that it is the last resort.
+is to do it. On a CPU gathering takes 4 to 30 times as long as reading in place, so that it is the last resort.
 """
 
 from __future__ import annotations
