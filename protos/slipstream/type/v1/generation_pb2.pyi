@@ -339,7 +339,8 @@ class Constraint(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     GRAMMAR_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """A JSON schema (draft 2020-12), as JSON text. At most 64 KiB, 64 levels and 4,096 enum values. Properties come in the schema's order;
+    """A JSON schema (draft 2020-12), as JSON text. At most 64 KiB, 64 levels and 4,096 enum values, 12 patterns and formats that
+    one value must match at once (allOf, $ref), and a least common multiple of 50,000 of all multipleOf. Properties come in the schema's order;
     between tokens stands at most a space, or a line break and 16 spaces. Keywords that cannot be enforced (not, if, uniqueItems,
     propertyNames, ...) and unknown formats are refused; words that are no keywords mean nothing, as in JSON Schema.
     """
@@ -349,7 +350,7 @@ class Constraint(_message.Message):
     """
     grammar: _builtins.str
     """A context-free grammar in Lark's EBNF: rules in lower case, the first one `start`, terminals in upper case, %ignore and %import.
-    At most 64 KiB.
+    At most 64 KiB, and fewer than 12 intersections (&) and negations (~) together.
     """
     @_builtins.property
     def choice(self) -> Global___ChoiceConstraint:
