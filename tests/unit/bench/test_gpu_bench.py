@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from tests.bench import gpu_engine
-from tests.bench.gpu_engine import Job, throughput_lines
+from tests.bench.gpu_engine import throughput_lines
+from tests.bench.gpu_sides import Job
 
 FACTS = {"model": "tiny", "seed": 20, "device": "cpu", "dtype": "float32"}
 MODEL = SimpleNamespace(config=SimpleNamespace(vocab_size=100))
