@@ -21,7 +21,12 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Channel, socket.sock
     front, worker = socket.socketpair()
     with front, worker:
         front.settimeout(10)
-        yield Channel(worker), front
+        channel = Channel(worker)
+        yield channel, front
+        front.close()
+        # It arms the process's end when it sees that; not after the patch is gone.
+        channel._reader.join(10)
+        assert not channel._reader.is_alive()
 
 
 @pytest.mark.parametrize("unsendable", [object(), Loading(2.0, "\ud800"), Loading(1.0, "x" * (65 << 20))])
