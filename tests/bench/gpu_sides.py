@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tests.bench.engine.sides.transformers_cb import next_result
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from slipstream_server.inference.engine.continuous import ContinuousEngine
@@ -120,15 +121,7 @@ class TransformersBatching:
     def run(self, jobs: Sequence[Job]) -> int:
         for job in jobs:
             self._manager.add_request(list(job.prompt), max_new_tokens=job.max_new_tokens, eos_token_id=-1)
-        return sum(len(self._next().generated_tokens) for _ in jobs)
+        return sum(len(next_result(self._manager).generated_tokens) for _ in jobs)
 
     def close(self) -> None:
         self._manager.stop(block=True, timeout=10)
-
-    def _next(self) -> Any:
-        while (output := self._manager.get_result(timeout=1.0)) is None:
-            if not self._manager.is_running():
-                raise RuntimeError("the manager's thread has ended")
-        if output.error is not None:
-            raise RuntimeError(output.error)
-        return output

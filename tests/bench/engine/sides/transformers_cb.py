@@ -58,7 +58,7 @@ class ContinuousBatchingSide:
             numbers[self._add(requests[index])] = index
         answers = [Answer() for _ in requests]
         for _ in requests:
-            output = self._next_result()
+            output = next_result(self._manager)
             answers[numbers[output.request_id]] = Answer(
                 token_ids=list(output.generated_tokens),
                 token_times_s=[time_s - clock.start_s for time_s in output.timestamps],
@@ -77,13 +77,15 @@ class ContinuousBatchingSide:
             raise RuntimeError("the manager takes no more requests")
         return str(number)
 
-    def _next_result(self) -> Any:
-        while (output := self._manager.get_result(timeout=1.0)) is None:
-            if not self._manager.is_running():
-                raise RuntimeError("the manager's thread has ended")
-        if output.error is not None:
-            raise RuntimeError(output.error)
-        return output
+
+def next_result(manager: Any) -> Any:
+    """What the manager has finished next; RuntimeError where a request failed, or its thread has ended."""
+    while (output := manager.get_result(timeout=1.0)) is None:
+        if not manager.is_running():
+            raise RuntimeError("the manager's thread has ended")
+    if output.error is not None:
+        raise RuntimeError(output.error)
+    return output
 
 
 def main() -> None:
